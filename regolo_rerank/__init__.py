@@ -1,0 +1,77 @@
+"""Regolo.ai's Rerank API for Python, LangChain and LlamaIndex.
+
+    from regolo_rerank import RegoloClient
+    from regolo_rerank.langchain import RegoloRerank      # a BaseDocumentCompressor
+    from regolo_rerank.llama_index import RegoloRerank    # a BaseNodePostprocessor
+
+Importing the package loads nothing else; each name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regolo_rerank.client import RegoloClient
+    from regolo_rerank.errors import (
+        APIConnectionError,
+        APIResponseError,
+        APIStatusError,
+        APITimeoutError,
+        AuthenticationError,
+        BadRequestError,
+        InvalidInputError,
+        MissingAPIKeyError,
+        NotFoundError,
+        PermissionDeniedError,
+        RateLimitError,
+        RegoloError,
+        RerankFallbackWarning,
+        ServerError,
+    )
+    from regolo_rerank.prompts import PromptFormat
+    from regolo_rerank.ranking import RerankResponse, RerankResult, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "APIConnectionError",
+    "APIResponseError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AuthenticationError",
+    "BadRequestError",
+    "InvalidInputError",
+    "MissingAPIKeyError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "PromptFormat",
+    "RateLimitError",
+    "RegoloClient",
+    "RegoloError",
+    "RerankFallbackWarning",
+    "RerankResponse",
+    "RerankResult",
+    "ServerError",
+    "Usage",
+    "__version__",
+]
+
+_HOMES = {
+    "PromptFormat": "prompts",
+    "RegoloClient": "client",
+    "RerankResponse": "ranking",
+    "RerankResult": "ranking",
+    "Usage": "ranking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

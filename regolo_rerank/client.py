@@ -1,0 +1,396 @@
+"""The client: the only file that sends.
+
+Sync and async calls share everything but the lines that wait: a `_Call` knows what to send and what a reply means, and
+two thin drivers send it.
+"""
+
+import asyncio
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
+
+import httpx
+from pydantic import PrivateAttr, SecretStr
+from tenacity import AsyncRetrying, Retrying, sleep_using_event
+
+from regolo_rerank import __version__
+from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, BadRequestError
+from regolo_rerank.local import SCORER_EXTENSION
+from regolo_rerank.options import Options
+from regolo_rerank.pools import Pools
+from regolo_rerank.ranking import Plan, RerankResponse, checked_documents, checked_query
+from regolo_rerank.retry import Gate, Patience
+from regolo_rerank.wire import read_error, read_reply, request_id_of
+
+__all__ = ["MAX_REPLY_BYTES", "RegoloClient", "Reranker"]
+
+MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
+"""Bytes of a reply, decompressed, after which it is refused."""
+
+_log = logging.getLogger("regolo_rerank")
+
+
+class _BearerAuth(httpx.Auth):
+    """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
+
+    def __init__(self, key: SecretStr) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
+        request.headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+        yield request
+
+
+class _Call:
+    """One call: its options as they are now, its plan, and what to make of each reply."""
+
+    def __init__(
+        self,
+        reranker: "Reranker",
+        query: str,
+        documents: Iterable[str],
+        arguments: dict[str, Any],
+        callers_client: httpx.Client | httpx.AsyncClient | None,
+    ) -> None:
+        self.options = reranker.for_call(**arguments)
+        self.timeout = self.options.timeout if callers_client is None else None
+        self.endpoint = self.options.endpoint()
+        self.plan = Plan(
+            checked_query(query),
+            checked_documents(documents, str),
+            self.options,
+            self.options.format_for(self.endpoint),
+        )
+        self._key = self.options.key_for(self.endpoint) if self.plan.batches else None
+        self._headers = {
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+            "User-Agent": reranker.user_agent(),
+            **(self.options.default_headers or {}),
+        }
+
+    def request(self, batch: range) -> dict[str, Any]:
+        """Return the arguments of a batch's request, for the `stream` of either httpx client."""
+        arguments: dict[str, Any] = {
+            "method": "POST",
+            "url": self.endpoint.url,
+            "content": self.plan.request(batch),
+            "headers": self._headers,
+            "follow_redirects": False,
+        }
+        if self.timeout is not None:
+            arguments["timeout"] = self.timeout
+        if self._key is not None:
+            arguments["auth"] = _BearerAuth(self._key)
+        if self.options.scorer is not None:
+            arguments["extensions"] = {SCORER_EXTENSION: self.options.scorer}
+        return arguments
+
+    def learn(self, batch: range, response: httpx.Response, body: bytearray, sent: int) -> None:
+        """Take in a complete reply to what was sent for the `sent`-th time.
+
+        Raises:
+            APIStatusError: The server said no.
+            APIResponseError: The reply cannot be trusted.
+        """
+        request_id = request_id_of(response.headers)
+        _log.debug(
+            "%s answered %d to %d documents, request %s",
+            self.endpoint.url,
+            response.status_code,
+            len(batch),
+            request_id,
+        )
+        if response.is_success:
+            self.plan.learn(batch, read_reply(body, response.headers, self._key), request_id, sent)
+            return
+        error = read_error(response.status_code, body, response.headers, self._key)
+        if isinstance(error, BadRequestError) and "context length" in str(error):
+            index, length = self.plan.longest(batch)
+            hint = f"the longest document sent is documents[{index}] with {length} characters"
+            error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
+        raise error
+
+    def check(self, body: bytearray, deadline: float = math.inf) -> None:
+        """Refuse a reply that grows without end, or does not come to one in time (in seconds of the monotonic clock).
+
+        Raises:
+            APIResponseError: It is too large.
+            TimeoutError: It is too late.
+        """
+        if len(body) > MAX_REPLY_BYTES:
+            raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn whatever can go wrong below into this package's errors."""
+        host = self.endpoint.url.netloc.decode()
+        try:
+            yield
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise APITimeoutError(
+                f"no complete reply from {host} within the timeout ({type(error).__name__})"
+            ) from error
+        except httpx.DecodingError as error:
+            raise APIResponseError(f"the reply cannot be trusted: its body cannot be decompressed: {error}") from error
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
+            raise APIConnectionError(f"no complete reply from {host}: {str(error) or type(error).__name__}") from error
+        except RuntimeError as error:
+            raise APIConnectionError(
+                f"the http client cannot be used: {error} An httpx client that was passed must be open, and an async "
+                f"one belongs to the event loop that it was first used in"
+            ) from error
+
+
+class Reranker(Options):
+    """What the client and both adapters are: options, connections, and one way to rank texts.
+
+    Connections are opened at the first call, kept for later ones and closed when the object is forgotten; with a
+    large number of short-lived objects, use each as a (async) context manager, or share one httpx client.
+    """
+
+    _pools: Pools = PrivateAttr(default_factory=Pools)
+
+    framework: ClassVar[str] = ""
+    """The framework and its version, for the User-Agent."""
+
+    @classmethod
+    def user_agent(cls) -> str:
+        """Return what requests call themselves: this package, its version and the framework."""
+        return f"regolo_rerank/{__version__} {cls.framework}".rstrip()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some options changed, each of them checked, and with connections of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied._pools = Pools()  # noqa: SLF001 - the copy is one of us
+        return copied
+
+    def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
+        call = _Call(self, query, documents, arguments, self.http_client)
+        if call.plan.batches:
+            client = self.http_client or self._pools.client(call.endpoint)
+            send = functools.partial(_send, call, client, self._pools.gate)
+            _run(send, call.plan.batches, call.options.max_concurrency)
+        return call.plan.response()
+
+    async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
+        call = _Call(self, query, documents, arguments, self.async_http_client)
+        if call.plan.batches:
+            client = self.async_http_client or await self._pools.async_client(call.endpoint)
+            send = functools.partial(_asend, call, client, self._pools.gate)
+            await _arun(send, call.plan.batches, call.options.max_concurrency)
+        return call.plan.response()
+
+    def close(self) -> None:
+        """Close the connections of sync calls; the next call opens new ones."""
+        self._pools.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of sync calls, and of async calls in the running event loop."""
+        await self._pools.aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class RegoloClient(Reranker):
+    """Client of the Rerank API, for sync and async calls; options are fields and may be assigned at any time.
+
+    Args:
+        api_key: The key; without it, the environment's `REGOLO_API_KEY` is used at each call.
+        **options: Any field below, by name.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
+
+    Example:
+        >>> client = RegoloClient(base_url="local://")
+        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
+        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+    """
+
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        score_threshold: float | None = None,
+        extra_body: dict[str, Any] | None = None,
+    ) -> RerankResponse:
+        """Rank documents by their relevance to a query.
+
+        An argument left None takes the client's option; for all results in one call, pass `top_n=len(documents)`.
+
+        Args:
+            query: What is searched; not blank.
+            documents: N texts, in a list, a tuple or an iterator. Blank ones are not sent and rank last.
+            top_n: Results kept, at least 1.
+            model: Name of the reranking model.
+            instruction: The task in a sentence, for prompt formats that have a place for it.
+            score_threshold: Results that score lower are dropped, after `top_n` has been chosen from all N.
+            extra_body: Further JSON fields of the request.
+
+        Returns:
+            The ranking, min(N, top_n) results at most, the best first.
+
+        Raises:
+            InvalidInputError: An argument is wrong; nothing was sent.
+            MissingAPIKeyError: The host demands a key, and there is none.
+            APIConnectionError: The server could not be reached; `APITimeoutError` where it was too slow.
+            APIStatusError: The server said no; the subclass says why.
+            APIResponseError: The server's reply cannot be trusted.
+        """
+        return self._rank(
+            query,
+            documents,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            extra_body=extra_body,
+        )
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        score_threshold: float | None = None,
+        extra_body: dict[str, Any] | None = None,
+    ) -> RerankResponse:
+        """Rank documents as `rerank` does, without blocking the event loop; may be cancelled at any time."""
+        return await self._arank(
+            query,
+            documents,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            extra_body=extra_body,
+        )
+
+
+class _AbandonedError(Exception):
+    """Ends a thread whose call has failed elsewhere; nobody sees it."""
+
+
+def _send(call: _Call, client: httpx.Client, gate: Gate, batch: range, stop: threading.Event) -> None:
+    """Send one batch until its reply is good, or its patience ends."""
+    patience = Patience(call.options, gate)
+
+    def attempt() -> None:
+        if stop.is_set():
+            raise _AbandonedError
+        patience.before_sending()
+        body, deadline = bytearray(), time.monotonic() + (call.timeout or math.inf)
+        with call.errors(), client.stream(**call.request(batch)) as response:
+            for chunk in response.iter_bytes():
+                body += chunk
+                call.check(body, deadline)
+        call.learn(batch, response, body, patience.sent)
+
+    stop.wait(gate.held_for())
+    Retrying(sleep=sleep_using_event(stop), **patience.policy())(attempt)
+
+
+async def _asend(call: _Call, client: httpx.AsyncClient, gate: Gate, batch: range) -> None:
+    """Send one batch until its reply is good, or its patience ends."""
+    patience = Patience(call.options, gate)
+
+    async def attempt() -> None:
+        patience.before_sending()
+        body = bytearray()
+        with call.errors():
+            async with asyncio.timeout(call.timeout), client.stream(**call.request(batch)) as response:
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    call.check(body)
+        call.learn(batch, response, body, patience.sent)
+
+    if held := gate.held_for():
+        await asyncio.sleep(held)
+    await AsyncRetrying(sleep=asyncio.sleep, **patience.policy())(attempt)
+
+
+def _run(send: Callable[[range, threading.Event], None], batches: list[range], concurrency: int) -> None:
+    """Send batches, some at once; the first final failure stops those that have not started, and is raised."""
+    stop = threading.Event()
+    todo: SimpleQueue[range] = SimpleQueue()
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def work() -> None:
+        with suppress(Empty):
+            while not stop.is_set():
+                batch = todo.get_nowait()
+                try:
+                    send(batch, stop)
+                except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+                    done.put(error)
+                else:
+                    done.put(None)
+
+    if len(batches) == 1:
+        send(batches[0], stop)
+        return
+    for batch in batches:
+        todo.put(batch)
+    for _ in range(min(concurrency, len(batches))):
+        # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
+        threading.Thread(target=copy_context().run, args=(work,), daemon=True, name="regolo_rerank").start()
+    try:
+        for _ in batches:
+            if failure := done.get():
+                raise failure
+    finally:
+        stop.set()
+
+
+async def _arun(send: Callable[[range], Awaitable[None]], batches: list[range], concurrency: int) -> None:
+    """Do the same with tasks."""
+    todo = iter(batches)
+
+    async def work() -> None:
+        for batch in todo:
+            await send(batch)
+
+    if len(batches) == 1:
+        await send(batches[0])
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(concurrency, len(batches))):
+                tasks.create_task(work())
+    except ExceptionGroup as group:
+        failure = group.exceptions[0]
+    else:
+        return
+    raise failure

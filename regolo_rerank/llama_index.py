@@ -1,0 +1,151 @@
+"""LlamaIndex: a node postprocessor that reranks, for query engines and chat engines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+try:
+    from llama_index.core import __version__ as llama_index_version
+    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+    from llama_index_instrumentation import get_dispatcher
+except ImportError as error:
+    raise ImportError('regolo_rerank.llama_index needs LlamaIndex: pip install "regolo_rerank[llama-index]"') from error
+
+from pydantic import model_validator
+
+from regolo_rerank.adapter import SERVICE_FAILURES, AdapterOptions
+from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.ranking import RerankResponse, checked_documents
+
+__all__ = ["RegoloRerank"]
+
+_RETRIEVAL_SCORE: Final = "retrieval_score"
+
+_dispatcher = get_dispatcher(__name__)
+
+
+class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
+    """Reranks nodes with Regolo.ai's Rerank API.
+
+    The nodes that are kept come back as copies, with `score` set to the relevance score; the caller's own are never
+    changed.
+
+    Args:
+        api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
+        **options: Any field below, by name.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
+
+    Example:
+        >>> from llama_index.core.schema import TextNode
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
+        >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score
+        1.0
+    """
+
+    metadata_mode: MetadataMode = MetadataMode.EMBED
+    """Which of a node's metadata is put in front of its text for scoring."""
+
+    keep_retrieval_score: bool = False
+    """Whether the retriever's score is kept in the metadata as `retrieval_score`, hidden from the LLM and from
+    embeddings."""
+
+    framework: ClassVar[str] = f"llama-index-core/{llama_index_version}"
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex serialises this class under."""
+        return "RegoloRerank"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_class_name(cls, options: Any) -> Any:
+        if isinstance(options, dict):
+            return {name: value for name, value in options.items() if name != "class_name"}
+        return options
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        with self._reported(nodes, query_bundle) as run:
+            try:
+                response = self._rank(run.query, self._texts(run.nodes))
+            except SERVICE_FAILURES as error:
+                run.kept = self._fall_back(error, run.nodes)
+            else:
+                run.kept = self._scored(run.nodes, response)
+        return run.kept
+
+    @_dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        with self._reported(nodes, query_bundle) as run:
+            try:
+                response = await self._arank(run.query, self._texts(run.nodes))
+            except SERVICE_FAILURES as error:
+                run.kept = self._fall_back(error, run.nodes)
+            else:
+                run.kept = self._scored(run.nodes, response)
+        return run.kept
+
+    @contextmanager
+    def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
+        """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
+        if query_bundle is None:
+            raise InvalidInputError("Missing query bundle in extra info.")
+        run = _Run(query_bundle.query_str, checked_documents(nodes, NodeWithScore, name="nodes"))
+        top_n = len(run.nodes) if self.top_n is None else self.top_n
+        _dispatcher.event(
+            ReRankStartEvent(query=query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model),
+        )
+        payload: dict[str, Any] = {
+            EventPayload.NODES: run.nodes,
+            EventPayload.MODEL_NAME: self.model,
+            EventPayload.QUERY_STR: run.query,
+            EventPayload.TOP_K: top_n,
+        }
+        try:
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+                yield run
+                event.on_end(payload={EventPayload.NODES: run.kept})
+        finally:
+            _dispatcher.event(ReRankEndEvent(nodes=run.kept))
+
+    def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
+        return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
+
+    def _scored(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
+        return [
+            nodes[result.index].model_copy(
+                update={"node": self._copied(nodes[result.index]), "score": result.relevance_score}
+            )
+            for result in response.results
+        ]
+
+    def _copied(self, candidate: NodeWithScore) -> BaseNode:
+        node = candidate.node
+        if not self.keep_retrieval_score:
+            return node.model_copy(update={"metadata": dict(node.metadata)})
+        return node.model_copy(
+            update={
+                "metadata": {**node.metadata, _RETRIEVAL_SCORE: candidate.score},
+                # The text that the LLM sees stays the same.
+                "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, _RETRIEVAL_SCORE],
+                "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, _RETRIEVAL_SCORE],
+            }
+        )
+
+
+@dataclass(slots=True)
+class _Run:
+    """One reranking, as LlamaIndex is told of it."""
+
+    query: str
+    nodes: list[NodeWithScore]
+    kept: list[NodeWithScore] = field(default_factory=list)

@@ -1,0 +1,412 @@
+"""Every option once: its type, default, check and environment variable.
+
+`RegoloClient` and both adapters inherit these fields, so an option has the same name and meaning in all of them. An
+argument of a single call is checked by the option that it stands in for.
+"""
+
+import difflib
+import functools
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self
+
+import httpx
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    Tag,
+    ValidationError,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
+from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
+
+__all__ = ["API_KEY_VARIABLE", "BASE_URL_VARIABLE", "DEFAULT_BASE_URL", "Endpoint", "Options", "Scorer"]
+
+API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
+BASE_URL_VARIABLE: Final = "REGOLO_BASE_URL"
+DEFAULT_BASE_URL: Final = "https://api.regolo.ai"
+
+Scorer = Callable[[str, list[str]], Sequence[float]]
+"""What can score for `local://`: (query, documents) -> one finite number a document, higher is better."""
+
+
+class Endpoint(NamedTuple):
+    """Where requests go, as `base_url` says."""
+
+    url: httpx.URL
+    embedded: bool
+    loopback: bool
+
+    @property
+    def demands_key(self) -> bool:
+        """Whether this is Regolo's own service, which answers nobody without a key."""
+        return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
+
+
+@functools.lru_cache(maxsize=64)
+def _endpoint(base_url: str) -> Endpoint:
+    """Read a base URL, with or without `/rerank` and slashes at its end; raise ValueError for any other text."""
+    if base_url.rstrip("/") in {"local:", "local"}:
+        return Endpoint(httpx.URL("local://embedded/rerank"), embedded=True, loopback=True)
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError("must start with https://, http:// or be local://")
+    if url.userinfo or url.fragment:
+        raise ValueError("must hold no user, password or fragment; a key goes into api_key")
+    path = url.path.rstrip("/")
+    url = url.copy_with(path=path if path.endswith("/rerank") else f"{path}/rerank")
+    return Endpoint(url, embedded=False, loopback=_is_loopback(url.host))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".") == "localhost"
+
+
+def _checked_base_url(base_url: str) -> str:
+    base_url = base_url.strip()
+    _endpoint(base_url)
+    return base_url
+
+
+def _secret(text: str) -> SecretStr:
+    text = text.strip()
+    for position, character in enumerate(text):
+        if not "!" <= character <= "~":
+            raise ValueError(
+                f"holds a character at position {position} that no API key has: space, control or non-ASCII"
+            )
+    return SecretStr(text)
+
+
+def _checked_key(value: object) -> SecretStr | None:
+    if value is None:
+        return None
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
+    return _secret(value)
+
+
+def _dumped_key(key: SecretStr | None) -> str | None:
+    # "" is no secret but a decision: send none, whatever the environment has.
+    return "" if key is not None and not key.get_secret_value() else None
+
+
+def _checked_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+def _checked_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
+    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
+        raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
+    try:
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"must be plain JSON: {error}") from None
+    return fields
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t -~]*")
+
+
+def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
+    for name, value in headers.items():
+        if name.lower() in {"authorization", "proxy-authorization"}:
+            raise ValueError(f"must not hold {name}; a key goes into api_key")
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise ValueError("must be printable ASCII, names without spaces")
+    return headers
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_checked_text)]
+
+
+class Options(BaseModel):
+    """The options that the client and both adapters share.
+
+    Raises:
+        pydantic.ValidationError: On construction and on assignment; it names the option and the value's type, and
+            never holds the value itself, which might be a key.
+    """
+
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+        validate_assignment=True,
+    )
+
+    api_key: Annotated[
+        SecretStr | str | None,
+        BeforeValidator(_checked_key),
+        PlainSerializer(_dumped_key, return_type=str | None),
+    ] = Field(default=None, kw_only=False)
+    """API key; None takes the environment's `REGOLO_API_KEY` at each call, "" sends none."""
+
+    base_url: Annotated[str, AfterValidator(_checked_base_url)] | None = None
+    """Server, with or without `/v1` and `/rerank`; None takes `REGOLO_BASE_URL`, else `https://api.regolo.ai`.
+    `local://` is the embedded endpoint: no key, no network."""
+
+    model: Text = "Qwen3-Reranker-4B"
+    """Name of the reranking model."""
+
+    top_n: Count | None = None
+    """Results kept, the best first; None keeps all."""
+
+    instruction: Text = DEFAULT_INSTRUCTION
+    """The task in a sentence, for prompt formats that have a place for it."""
+
+    prompt_format: Annotated[
+        Annotated[PromptFormat, Tag("format")]
+        | Annotated[Literal["auto", "tagged", "documented", "chat", "plain"], Tag("name")],
+        Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
+    ] = "auto"
+    """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
+    for `Qwen3-Reranker*`, and `plain` for other models and on `local://`."""
+
+    score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    """Results that score lower are dropped, after `top_n` has been chosen from all candidates."""
+
+    timeout: Annotated[Seconds, Field(gt=0)] = 60.0
+    """Seconds for one attempt, from connecting to the last byte of the reply."""
+
+    max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
+    """Further attempts after the first, for one request."""
+
+    max_retry_seconds: Annotated[Seconds, Field(ge=0)] = 90.0
+    """Seconds from a request's first sending after which no further attempt starts."""
+
+    batch_size: Count = 100
+    """Documents in one request at most."""
+
+    max_request_bytes: Count = 1_000_000
+    """Bytes of JSON in one request at most; a single longer document goes alone."""
+
+    max_concurrency: Count = 4
+    """Requests of one call in flight at once."""
+
+    max_document_chars: Count | None = None
+    """Characters of a document that are scored at most; the caller's document comes back whole."""
+
+    default_headers: Annotated[dict[str, str], AfterValidator(_checked_headers)] | None = Field(
+        default=None, repr=False
+    )
+    """Further HTTP headers, such as a gateway's tags; never the key."""
+
+    extra_body: Annotated[dict[str, Any], AfterValidator(_checked_extra_body)] | None = None
+    """Further JSON fields of the request."""
+
+    allow_http: bool = Field(default=False, strict=True)
+    """Lets the key go over plain http to a host that is not this machine."""
+
+    scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
+    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+
+    http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
+    """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
+
+    async_http_client: SkipJsonSchema[httpx.AsyncClient | None] = Field(default=None, exclude=True, repr=False)
+    """The same for async calls."""
+
+    if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+
+        def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            try:
+                super().__init__(api_key=api_key, **options)
+            except ValidationError as error:
+                problem = _explained(error, type(self))
+            else:
+                return
+            # A mistyped `apikey=` must not show in a traceback with locals.
+            del api_key, options
+            raise problem
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as error:
+                problem = _explained(error, type(self))
+            else:
+                return
+            del value
+            raise problem
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some options changed, each of them checked.
+
+        Args:
+            update: The options to change, by name.
+            deep: Whether values are copied too; the callers' http clients are shared in any case.
+
+        Raises:
+            pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
+        """
+        copied = super().model_copy(deep=deep)
+        for name, value in (update or {}).items():
+            if name not in type(self).model_fields:
+                _refuse_unknown(type(self), name, value)
+            setattr(copied, name, value)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, callbacks."""
+        shared = (getattr(self, name) for name, field in type(self).model_fields.items() if field.exclude)
+        return super().__deepcopy__({**(memo or {}), **{id(value): value for value in shared if value is not None}})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the options that were set, without the key and the callers' http clients."""
+        kept = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if name in self.model_fields_set and (name == "scorer" or not field.exclude)
+        }
+        if "api_key" in kept:
+            kept["api_key"] = _dumped_key(kept["api_key"])
+        return _rebuilt, (type(self), kept)
+
+    def for_call(self, **arguments: Any) -> Self:
+        """Return these options as they are now, with the arguments of one call in their place.
+
+        Args:
+            **arguments: Values by option; None takes the object's own.
+
+        Raises:
+            InvalidInputError: An argument is wrong, or options contradict each other.
+        """
+        settings = copy(self)
+        try:
+            for name, value in arguments.items():
+                if value is not None:
+                    setattr(settings, name, value)
+        except ValidationError as error:
+            problem = "; ".join(f"{_name_of(line['loc'])}: {line['msg']}" for line in error.errors())
+        else:
+            return settings
+        raise InvalidInputError(problem)
+
+    def endpoint(self) -> Endpoint:
+        """Return where requests go.
+
+        Raises:
+            InvalidInputError: The environment's `REGOLO_BASE_URL` is no URL, or an option does not go with it.
+        """
+        name, base_url = "base_url", self.base_url
+        if base_url is None:
+            name, base_url = BASE_URL_VARIABLE, os.environ.get(BASE_URL_VARIABLE, "").strip()
+        try:
+            endpoint = _endpoint(base_url or DEFAULT_BASE_URL)
+        except ValueError as error:
+            problem = f"{name}: {error}"
+        else:
+            if endpoint.embedded and (self.http_client or self.async_http_client):
+                problem = "http_client: not with base_url='local://', which sends nothing; leave one of them out"
+            elif self.scorer and not endpoint.embedded:
+                problem = f"scorer: only for base_url='local://', not for {endpoint.url.host}; leave one of them out"
+            else:
+                return endpoint
+        raise InvalidInputError(problem)
+
+    def key_for(self, endpoint: Endpoint) -> SecretStr | None:
+        """Return the API key to send to an endpoint, or None to send none.
+
+        Raises:
+            MissingAPIKeyError: The endpoint demands a key, and there is none.
+            InvalidInputError: The environment's key is malformed, or the key would travel in the clear.
+        """
+        if endpoint.embedded:
+            return None
+        if isinstance(self.api_key, SecretStr):
+            key = self.api_key
+        else:
+            try:
+                key = _secret(os.environ.get(API_KEY_VARIABLE, ""))
+            except ValueError as error:
+                raise InvalidInputError(f"{API_KEY_VARIABLE}: {error}") from None
+        if not key.get_secret_value():
+            if endpoint.demands_key:
+                raise MissingAPIKeyError(
+                    f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
+                    f"api_key; to try without one, base_url='local://' scores on this machine"
+                )
+            return None
+        if endpoint.url.scheme == "http" and not endpoint.loopback and not self.allow_http:
+            raise InvalidInputError(
+                f"base_url: the API key would go to {endpoint.url.host} over plain http, for everyone on the way to "
+                f"read; use https, pass api_key='' to send none, or allow_http=True"
+            )
+        return key
+
+    def format_for(self, endpoint: Endpoint) -> PromptFormat:
+        """Return the prompt format to use with an endpoint."""
+        if isinstance(self.prompt_format, PromptFormat):
+            return self.prompt_format
+        if self.prompt_format == "auto":
+            return preset_for(self.model, embedded=endpoint.embedded)
+        return PRESETS[self.prompt_format]
+
+
+def _rebuilt(cls: type[Options], fields: dict[str, Any]) -> Options:
+    return cls(**fields)
+
+
+def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
+    """Return the same error with the type of each refused value in words, and the value itself left out."""
+    lines = []
+    for line in error.errors(include_url=False, include_context=False):
+        reason, value = line["msg"].removeprefix("Value error, "), line["input"]
+        if line["type"] == "extra_forbidden":
+            reason = _unknown(cls, str(line["loc"][-1]))
+        shown = f" ({value!r})" if isinstance(value, int | float | None) else ""
+        problem = PydanticCustomError(
+            line["type"],
+            "{reason}, got {kind}",
+            {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
+        )
+        lines.append(InitErrorDetails(type=problem, loc=line["loc"], input=...))
+    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+def _refuse_unknown(cls: type[BaseModel], name: str, value: object) -> NoReturn:
+    problem = PydanticCustomError(
+        "extra_forbidden",
+        "{reason}, got {kind}",
+        {"reason": _unknown(cls, name), "kind": type(value).__name__},
+    )
+    del value
+    line = InitErrorDetails(type=problem, loc=(name,), input=...)
+    raise ValidationError.from_exception_data(cls.__name__, [line], hide_input=True)
+
+
+def _unknown(cls: type[BaseModel], name: str) -> str:
+    close = difflib.get_close_matches(name, cls.model_fields, n=1)
+    return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"
+
+
+def _name_of(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc)

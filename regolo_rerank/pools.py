@@ -1,0 +1,167 @@
+"""The connections behind a client: kept alive across calls, and never in anybody's way.
+
+One pool serves all sync calls. Async calls have one pool an event loop, because a connection that was opened in one
+loop fails in another, and it closes with its loop.
+"""
+
+import asyncio
+import functools
+import os
+import ssl
+import threading
+import weakref
+from collections.abc import AsyncGenerator
+from typing import Any, Final, Literal, Self, TypeVar
+
+import httpx
+
+from regolo_rerank.errors import APIConnectionError
+from regolo_rerank.local import EmbeddedTransport
+from regolo_rerank.options import Endpoint
+from regolo_rerank.retry import Gate
+
+__all__ = ["Pools"]
+
+Route = Literal["embedded", "loopback", "remote"]
+
+C = TypeVar("C", httpx.Client, httpx.AsyncClient)
+
+_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0)
+
+_inherited: list[object] = []
+"""A parent process's connections: closing them here would speak over its conversations."""
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # takes 22 ms, so once for all
+
+
+def _route(endpoint: Endpoint) -> Route:
+    if endpoint.embedded:
+        return "embedded"
+    return "loopback" if endpoint.loopback else "remote"
+
+
+def _settings(route: Route) -> dict[str, Any]:
+    """Return the arguments for an httpx client of either kind."""
+    if route == "embedded":
+        return {"transport": EmbeddedTransport()}
+    # The environment's proxies are honoured, but loopback is never proxied.
+    return {"verify": _ssl_context(), "limits": _LIMITS, "trust_env": route == "remote"}
+
+
+def _opened(kind: type[C], route: Route) -> C:
+    try:
+        return kind(**_settings(route))
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        msg = f"the environment's proxy cannot be used: {error}"
+    raise APIConnectionError(msg)
+
+
+class Pools:
+    """Every connection of one client, and the gate that its requests share.
+
+    Pools open at first use, and again at the next use after they were closed. In a forked process all starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._clients: dict[Route, httpx.Client] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
+        self.gate = Gate()
+        # Nobody is told when a client is forgotten; its sockets must close without a warning.
+        weakref.finalize(self, _close, self._clients, self._pid)
+
+    def _forked(self) -> None:
+        if self._pid != os.getpid():
+            _inherited.append((self._clients, self._loops))
+            self._start()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Give a copied client connections of its own."""
+        return type(self)()
+
+    def client(self, endpoint: Endpoint) -> httpx.Client:
+        """Return the pool for sync calls."""
+        self._forked()
+        route = _route(endpoint)
+        with self._lock:
+            if route not in self._clients:
+                self._clients[route] = _opened(httpx.Client, route)
+            return self._clients[route]
+
+    async def async_client(self, endpoint: Endpoint) -> httpx.AsyncClient:
+        """Return the running event loop's pool."""
+        self._forked()
+        loop, route = asyncio.get_running_loop(), _route(endpoint)
+        with self._lock:
+            pools = self._loops.get(loop)
+            if pools is None:
+                for other in [other for other in self._loops if other.is_closed()]:
+                    del self._loops[other]
+                pools = self._loops[loop] = _LoopPools(self, loop)
+        await pools.start()
+        return pools.client(route)
+
+    def close(self) -> None:
+        """Close the pool for sync calls."""
+        self._forked()
+        with self._lock:
+            clients = [self._clients.pop(route) for route in list(self._clients)]
+        for client in clients:
+            client.close()
+
+    async def aclose(self) -> None:
+        """Close the running event loop's pool, and the one for sync calls."""
+        self.close()
+        if pools := self._loops.get(asyncio.get_running_loop()):
+            await pools.stop()
+
+
+class _LoopPools:
+    """One event loop's pools.
+
+    An async generator guards them: it is started in the loop, so asyncio runs its `finally` when the loop shuts down,
+    or when nobody holds it any more.
+    """
+
+    def __init__(self, owner: Pools, loop: asyncio.AbstractEventLoop) -> None:
+        self._clients: dict[Route, httpx.AsyncClient] = {}
+        self._guard = _guarded(weakref.ref(owner), loop, self._clients)
+        self._started = False
+
+    async def start(self) -> None:
+        if not self._started:
+            self._started = True
+            await anext(self._guard)
+
+    def client(self, route: Route) -> httpx.AsyncClient:
+        if route not in self._clients:
+            self._clients[route] = _opened(httpx.AsyncClient, route)
+        return self._clients[route]
+
+    async def stop(self) -> None:
+        await self._guard.aclose()
+
+
+async def _guarded(
+    owner: weakref.ref[Pools], loop: asyncio.AbstractEventLoop, clients: dict[Route, httpx.AsyncClient]
+) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        if pools := owner():
+            pools._loops.pop(loop, None)  # noqa: SLF001 - the guard is part of Pools, kept outside to hold it weakly
+        for client in clients.values():
+            await client.aclose()
+
+
+def _close(clients: dict[Route, httpx.Client], pid: int) -> None:
+    if pid == os.getpid():
+        for client in clients.values():
+            client.close()

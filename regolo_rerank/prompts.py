@@ -1,0 +1,110 @@
+"""The two strings that the model sees for an instruction, a query and a document.
+
+A reranker is a language model that judges a prompt, and a prompt in another form than the one it was trained on scores
+lower. The presets come from Regolo's API examples and from the Qwen3-Reranker model card.
+"""
+
+import re
+from typing import Final, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+__all__ = ["DEFAULT_INSTRUCTION", "PRESETS", "PromptFormat", "preset_for"]
+
+DEFAULT_INSTRUCTION: Final = "Given a web search query, retrieve relevant passages that answer the query"
+
+_PLACEHOLDER = re.compile(r"\{(instruction|query|document)\}")
+
+
+class PromptFormat(BaseModel):
+    r"""Templates for the query string and the document string of a request.
+
+    `{instruction}` and `{query}` are filled into `query`, `{document}` into `document`. What is filled in is data:
+    braces in it mean nothing, and special tokens in it are made harmless (`<|im_end|>` is sent as `< |im_end|>`), so
+    that no document can forge the model's answer. All other braces in a template stand for themselves.
+
+    Args:
+        query: Template of the query string; holds `{query}` once and may hold `{instruction}`.
+        document: Template of the document string; holds `{document}` once.
+        escape: Whether special tokens in the filled-in text are made harmless. The preset `plain` does not.
+
+    Raises:
+        pydantic.ValidationError: A template lacks its placeholder, or holds the other's.
+
+    Example:
+        >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
+        'D: < |x|>'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query: str = "{query}"
+    document: str = "{document}"
+    escape: bool = True
+
+    @model_validator(mode="after")
+    def _check_placeholders(self) -> Self:
+        for template, needed, allowed in (
+            (self.query, "query", {"query", "instruction"}),
+            (self.document, "document", {"document"}),
+        ):
+            found = _PLACEHOLDER.findall(template)
+            if found.count(needed) != 1 or not set(found) <= allowed:
+                raise ValueError(
+                    f"the {needed} template must hold {{{needed}}} exactly once, and no placeholder but "
+                    f"{', '.join(f'{{{name}}}' for name in sorted(allowed))}"
+                )
+        return self
+
+    def format_query(self, query: str, instruction: str) -> str:
+        """Return the query string of a request."""
+        values = {"query": query, "instruction": instruction}
+        return _PLACEHOLDER.sub(lambda found: self._fill(found.string[: found.start()], values[found[1]]), self.query)
+
+    def format_document(self, document: str) -> str:
+        """Return the document string of a request."""
+        before, _, after = self.document.partition("{document}")
+        return before + self._fill(before, document) + after
+
+    def _fill(self, before: str, text: str) -> str:
+        if not self.escape:
+            return text
+        text = text.replace("<|", "< |")
+        # A token must not come together at the seams either: the server may put the next string right behind this one.
+        if text.endswith("<"):
+            text += " "
+        return f" {text}" if text.startswith("|") and before.endswith("<") else text
+
+
+PRESETS: Final[dict[str, PromptFormat]] = {
+    "tagged": PromptFormat(
+        query="<Instruct>: {instruction}\n<Query>: {query}",
+        document="<Document>: {document}",
+    ),
+    "documented": PromptFormat(
+        query="{instruction}\n<Query>: {query}",
+        document="<Document>: {document}",
+    ),
+    "chat": PromptFormat(
+        query=(
+            "<|im_start|>system\n"
+            "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+            'Note that the answer can only be "yes" or "no".<|im_end|>\n'
+            "<|im_start|>user\n"
+            "<Instruct>: {instruction}\n<Query>: {query}\n"
+        ),
+        document="<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "plain": PromptFormat(escape=False),
+}
+
+
+def preset_for(model: str, *, embedded: bool) -> PromptFormat:
+    """Return the format that `prompt_format="auto"` stands for.
+
+    Args:
+        model: The model's name, with or without an organisation in front (`Qwen/Qwen3-Reranker-4B`).
+        embedded: Whether the embedded endpoint answers; its lexical scorer would match the instruction's words.
+    """
+    tagged = model.rpartition("/")[2].startswith("Qwen3-Reranker") and not embedded
+    return PRESETS["tagged" if tagged else "plain"]

@@ -1,0 +1,253 @@
+"""From texts to requests and from replies to one ranking, without any I/O.
+
+Blank documents are not sent and equal ones are sent once; what is left is cut into even batches. Scores are pointwise
+(a document's score does not depend on the others in its request), so the replies merge exactly.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
+
+from regolo_rerank.errors import APIResponseError, InvalidInputError
+from regolo_rerank.options import Options
+from regolo_rerank.prompts import PromptFormat
+from regolo_rerank.wire import Reply, encoded
+
+__all__ = ["Plan", "RerankResponse", "RerankResult", "Usage", "checked_documents", "checked_query"]
+
+T = TypeVar("T")
+
+_BYTES_A_CHARACTER = 6
+"""Of JSON at most: a control character is written as `\\u0000`."""
+
+
+@dataclass(slots=True)
+class RerankResult:
+    """One document of a ranking.
+
+    Attributes:
+        index: The document's place in the caller's list, from 0.
+        relevance_score: How relevant it is; higher is better. Qwen3-Reranker gives a probability, 0 to 1.
+        document: The caller's own string.
+    """
+
+    index: int
+    relevance_score: float
+    document: str
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a call took.
+
+    Attributes:
+        total_tokens: Tokens as the service counted them, added up over the requests; None where it does not say.
+        requests: HTTP requests sent, retries included: each spends one of the account's rate limit.
+    """
+
+    total_tokens: int | None = None
+    requests: int = 0
+
+
+@dataclass(slots=True)
+class RerankResponse:
+    """A ranking, the best document first.
+
+    Attributes:
+        id: The service's name for the first reply; None where nothing was sent.
+        results: The documents that were kept, by falling score, equal scores in input order.
+        meta: The `meta` of the first reply, as it came.
+        usage: Tokens and requests, added up over all requests of the call.
+        request_ids: The gateway's name for each request that has one (header `x-litellm-call-id`), for support.
+    """
+
+    id: str | None = None
+    results: list[RerankResult] = field(default_factory=list)
+    meta: Any = None
+    usage: Usage = field(default_factory=Usage)
+    request_ids: list[str] = field(default_factory=list)
+
+
+def checked_query(query: object) -> str:
+    """Return the query, or refuse it.
+
+    Raises:
+        InvalidInputError: It is no string, or blank: the service would answer with meaningless scores.
+    """
+    if not isinstance(query, str):
+        raise InvalidInputError(f"query: must be a string, got {type(query).__name__}")
+    if not query.strip():
+        raise InvalidInputError("query: must not be blank")
+    return query
+
+
+def checked_documents(documents: Iterable[T], *kinds: type, name: str = "documents") -> list[T]:
+    """Return the documents of a list, a tuple or an iterator as a list, or refuse them.
+
+    Args:
+        documents: What the caller gave.
+        *kinds: The types that an item may have.
+        name: What the argument is called.
+
+    Raises:
+        InvalidInputError: It is a single document, has no order to take indices from, or holds something else.
+    """
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(documents, str | bytes | Mapping | AbstractSet) or not isinstance(documents, Iterable):
+        raise InvalidInputError(f"{name}: must be a list of {wanted}, got {type(documents).__name__}")
+    listed = list(documents)
+    for index, document in enumerate(listed):
+        if not isinstance(document, kinds):
+            raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {type(document).__name__}")
+    return listed
+
+
+class _Receipt(NamedTuple):
+    """What is kept of a reply besides its scores."""
+
+    id: Any
+    meta: Any
+    tokens: int | None
+    request_id: str | None
+    sent: int
+
+
+class Plan:
+    """One call's work: which requests to send, and the ranking that their replies add up to.
+
+    Args:
+        query: The checked query.
+        documents: The checked documents.
+        options: The call's options.
+        prompt_format: How texts are put into words for the model.
+
+    Attributes:
+        batches: One range a request, over the distinct texts; empty where there is nothing to score.
+
+    Raises:
+        InvalidInputError: The query alone fills a request.
+    """
+
+    def __init__(self, query: str, documents: Sequence[str], options: Options, prompt_format: PromptFormat) -> None:
+        self._documents = documents
+        self._options = options
+        self._format = prompt_format
+        self._query = prompt_format.format_query(query, options.instruction)
+        distinct: dict[str, int] = {}
+        scored = documents
+        if (longest := options.max_document_chars) is not None:
+            scored = [document[:longest] for document in documents]
+        self._slots = [distinct.setdefault(text, len(distinct)) if text.strip() else None for text in scored]
+        self._texts = list(distinct)
+        self._scores: dict[int, float] = {}
+        self._receipts: dict[range, _Receipt] = {}
+        self.batches = self._cut()
+
+    def request(self, batch: range) -> bytes:
+        """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
+        return self._encoded([self._format.format_document(self._texts[slot]) for slot in batch])
+
+    def _encoded(self, documents: list[str]) -> bytes:
+        body: dict[str, Any] = {"model": self._options.model, "query": self._query, "documents": documents}
+        if self._options.top_n is not None and documents:
+            body["top_n"] = min(self._options.top_n, len(documents))
+        return encoded(body | (self._options.extra_body or {}))
+
+    def _cut(self) -> list[range]:
+        """Cut the texts into as few batches as the limits allow, even ones where that keeps within the bytes."""
+        count, most = len(self._texts), self._options.batch_size
+        budget = self._options.max_request_bytes - len(self._encoded([])) - len(b',"top_n":') - len(str(most))
+        if budget <= 0:
+            raise InvalidInputError(
+                f"query: with instruction and extra_body it fills a request of max_request_bytes="
+                f"{self._options.max_request_bytes}; shorten it or raise that limit"
+            )
+        even = _even(count, -(-count // most))
+        # Most calls are far below the limit: then nothing needs to be encoded to know it.
+        longest = max(map(len, self._texts), default=0) + len(self._format.document)
+        if min(most, count) * (longest * _BYTES_A_CHARACTER + len(b'"",')) <= budget:
+            return even
+        sizes = [len(encoded(self._format.format_document(text))) + 1 for text in self._texts]
+        ends = [0, *accumulate(sizes)]
+        packed, start = [], 0
+        for slot in range(count):
+            if slot - start >= most or (slot > start and ends[slot + 1] - ends[start] > budget):
+                packed.append(range(start, slot))
+                start = slot
+        packed.append(range(start, count))
+        even = _even(count, len(packed))
+        fits = all(len(batch) <= most and ends[batch.stop] - ends[batch.start] <= budget for batch in even)
+        return even if fits else packed
+
+    def learn(self, batch: range, reply: Reply, request_id: str | None, sent: int) -> None:
+        """Check a batch's reply against what was asked, and keep its scores.
+
+        Args:
+            batch: The batch.
+            reply: Its reply.
+            request_id: The server's name for the request.
+            sent: How often the request was sent.
+
+        Raises:
+            APIResponseError: It leaves a document out, names one twice, or names one that was not sent.
+        """
+        asked = min(self._options.top_n or len(batch), len(batch))
+        scores: dict[int, float] = {}
+        for result in reply.results:
+            if not 0 <= result.index < len(batch):
+                raise _untrusted(f"it names document {result.index} of {len(batch)}", request_id)
+            if batch[result.index] in scores:
+                raise _untrusted(f"it names document {result.index} twice", request_id)
+            scores[batch[result.index]] = result.relevance_score
+        if len(scores) < asked:
+            raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
+        self._scores.update(scores)
+        self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
+
+    def longest(self, batch: range) -> tuple[int, int]:
+        """Return the index and the length in characters of the longest document that a batch sends."""
+        slot = max(batch, key=lambda slot: len(self._texts[slot]))
+        return self._slots.index(slot), len(self._texts[slot])
+
+    def response(self) -> RerankResponse:
+        """Return the ranking, once every batch's reply is known."""
+        receipts = [self._receipts[batch] for batch in self.batches]
+        if not receipts:
+            return RerankResponse(results=self._results())
+        tokens = [receipt.tokens for receipt in receipts if receipt.tokens is not None]
+        return RerankResponse(
+            id=None if receipts[0].id is None else str(receipts[0].id),
+            results=self._results(),
+            meta=receipts[0].meta,
+            usage=Usage(sum(tokens) if tokens else None, sum(receipt.sent for receipt in receipts)),
+            request_ids=[receipt.request_id for receipt in receipts if receipt.request_id is not None],
+        )
+
+    def _results(self) -> list[RerankResult]:
+        options, scores = self._options, self._scores
+        ranked = [
+            RerankResult(index, scores[slot], self._documents[index])
+            for index, slot in enumerate(self._slots)
+            if slot in scores
+        ]
+        ranked.sort(key=lambda result: -result.relevance_score)
+        ranked = ranked[: options.top_n]
+        if options.score_threshold is not None:
+            # No blank document passes a threshold.
+            return [result for result in ranked if result.relevance_score >= options.score_threshold]
+        worst = min(0.0, ranked[-1].relevance_score if ranked else 0.0)
+        blank = [
+            RerankResult(index, worst, self._documents[index]) for index, slot in enumerate(self._slots) if slot is None
+        ]
+        return (ranked + blank)[: options.top_n]
+
+
+def _untrusted(problem: str, request_id: str | None) -> APIResponseError:
+    return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=request_id)
+
+
+def _even(count: int, parts: int) -> list[range]:
+    ends = [-(-count * part // parts) for part in range(parts + 1)] if parts else []
+    return [range(start, stop) for start, stop in pairwise(ends)]

@@ -1,0 +1,136 @@
+"""Which error is worth another attempt, and after how long.
+
+Scoring has no side effects, so every request is safe to send again; tenacity does the counting and the waiting. What
+all requests of a client share is the gate: when the server tells one of them to wait, the others wait too, instead of
+spending the account's rate limit on further refusals.
+"""
+
+import logging
+import random
+import threading
+import time
+from copy import copy
+from typing import TYPE_CHECKING, Any, Final
+
+from tenacity import retry_if_exception, stop_before_delay, wait_random_exponential
+
+from regolo_rerank.errors import (
+    APIConnectionError,
+    APIResponseError,
+    APIStatusError,
+    RateLimitError,
+    ServerError,
+)
+from regolo_rerank.options import Options
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+__all__ = ["Gate", "Patience", "is_passing"]
+
+_log = logging.getLogger("regolo_rerank")
+
+_BACKOFF: Final = wait_random_exponential(multiplier=1.0, min=0.25, max=8.0)
+"""Seconds, at random up to 1, 2, 4, 8, so that clients do not come back in step."""
+_WINDOW_BACKOFF: Final = wait_random_exponential(multiplier=2.0, exp_base=4, min=1.0, max=60.0)
+"""Seconds after a 429 that names no time, at random up to 2, 8, 32: the gateway's window is a minute long."""
+_SPREAD: Final = 0.1
+"""Seconds at random on top of a wait that the server named."""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether an error may pass by itself: no connection, a timeout, 408, 429, 5xx, or an odd 2xx."""
+    if isinstance(error, APIConnectionError):
+        # A closed client, or one that belongs to another event loop, stays so.
+        return not isinstance(error.__cause__, RuntimeError)
+    if isinstance(error, APIResponseError):
+        return error.code in {None, "200", "408", "429"} or not error.code.startswith("4")
+    if isinstance(error, APIStatusError) and error.type == "budget_exceeded":
+        return False
+    return isinstance(error, RateLimitError | ServerError)
+
+
+class Gate:
+    """The wait after a 429, which all requests of a client share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._opens_at = 0.0
+        self._refusal: RateLimitError | None = None
+
+    def close_for(self, seconds: float, refusal: RateLimitError) -> None:
+        """Let no request pass for some seconds, because of what the server said."""
+        with self._lock:
+            opens_at = time.monotonic() + seconds
+            if opens_at > self._opens_at:
+                self._opens_at, self._refusal = opens_at, refusal
+
+    def held_for(self) -> float:
+        """Return the seconds until requests may pass."""
+        return max(0.0, self._opens_at - time.monotonic())
+
+    def check(self) -> None:
+        """Raise what the server said when it closed the gate, as long as the gate is closed."""
+        held = self.held_for()
+        if held and self._refusal is not None:
+            refusal = copy(self._refusal)
+            refusal.retry_after = held
+            raise refusal
+
+
+class Patience:
+    """How one request waits and tries again.
+
+    Its clock starts when tenacity makes the first attempt; waiting for the gate before that does not count.
+    """
+
+    def __init__(self, options: Options, gate: Gate) -> None:
+        self._options = options
+        self._gate = gate
+        self._in_time = stop_before_delay(options.max_retry_seconds)
+        self.sent = 0
+
+    def before_sending(self) -> None:
+        """Count a request that is about to be sent, or raise the refusal that it would meet."""
+        self._gate.check()
+        self.sent += 1
+
+    def policy(self) -> dict[str, Any]:
+        """Return what tenacity's sync and async drivers both take."""
+        return {
+            "retry": retry_if_exception(is_passing),
+            "wait": self._wait,
+            "stop": self._stop,
+            "before_sleep": self._before_sleep,
+            "reraise": True,
+        }
+
+    def _wait(self, state: "RetryCallState") -> float:
+        error = _error_of(state)
+        wait = getattr(error, "retry_after", None)
+        if wait is not None:
+            wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
+        elif isinstance(error, RateLimitError) and "max_parallel_requests" not in str(error):
+            wait = _WINDOW_BACKOFF(state)
+        else:
+            wait = _BACKOFF(state)
+        return max(wait, self._gate.held_for())
+
+    def _stop(self, state: "RetryCallState") -> bool:
+        return self.sent > self._options.max_retries or self._in_time(state)
+
+    def _before_sleep(self, state: "RetryCallState") -> None:
+        error = _error_of(state)
+        if isinstance(error, RateLimitError):
+            self._gate.close_for(state.upcoming_sleep, error)
+        _log.warning(
+            "attempt %d failed, next in %.2f s: %s: %s",
+            self.sent,
+            state.upcoming_sleep,
+            type(error).__name__,
+            error,
+        )
+
+
+def _error_of(state: "RetryCallState") -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None

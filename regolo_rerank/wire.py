@@ -1,0 +1,238 @@
+"""What goes over the wire: the request, the reply, and what a server says when it says no.
+
+The shapes are those of Regolo's API page and of recorded exchanges with the gateway software it runs (LiteLLM 1.80 and
+1.106 in front of vLLM).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
+
+from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
+
+__all__ = ["Reply", "Request", "Result", "encoded", "read_error", "read_reply", "request_id_of"]
+
+_CLIP: Final = 2_000
+
+
+class Request(BaseModel):
+    """The JSON of a request."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    query: str
+    documents: list[str]
+    top_n: Annotated[int, Field(ge=0)] | None = None
+
+
+class Result(BaseModel):
+    """One document's score in a reply; `index` counts the documents of the request."""
+
+    model_config = ConfigDict(strict=True)
+
+    index: int
+    relevance_score: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Reply(BaseModel):
+    """The JSON of a reply.
+
+    The documents that a server echoes are left unread: what they hold differs by backend, and the caller has the
+    originals.
+    """
+
+    id: Any = None
+    results: list[Result]
+    meta: Any = None
+    usage: Any = None
+    error: Any = None
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Tokens that the service counted, from whichever of the known places has them."""
+        for place in (
+            ("usage", "total_tokens"),
+            ("usage", "prompt_tokens"),
+            ("meta", "billed_units", "total_tokens"),
+            ("meta", "tokens", "input_tokens"),
+        ):
+            value = _dig({"usage": self.usage, "meta": self.meta}, *place)
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                return value
+        return None
+
+
+def encoded(body: Any) -> bytes:
+    """Return JSON as bytes; a lone surrogate, which has no UTF-8, becomes U+FFFD."""
+    try:
+        return to_json(body)
+    except PydanticSerializationError:
+        return to_json(_repaired(body))
+
+
+def _repaired(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_repaired(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _repaired(item) for key, item in value.items()}
+    return value
+
+
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """Return the server's name for a request, where it gives one."""
+    return headers.get("x-litellm-call-id") or headers.get("x-request-id")
+
+
+def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
+    """Read the body of a 2xx.
+
+    Args:
+        body: The body's bytes, decompressed.
+        headers: The reply's headers, their names in any case.
+        secret: The API key; where the server quotes it, "***" is shown.
+
+    Raises:
+        APIResponseError: The body is not what the API promises.
+    """
+    try:
+        reply = Reply.model_validate_json(body)
+    except ValidationError as error:
+        line = error.errors(include_url=False, include_context=False)[0]
+        problem = ": ".join(filter(None, [".".join(map(str, line["loc"])), line["msg"]]))
+    else:
+        if reply.error is None:
+            return reply
+        problem = "an error in place of results"
+    text = _shown(body, secret)
+    details = _error_in(_loaded(text))
+    raise APIResponseError(
+        f"the reply cannot be trusted: {details.get('message') or problem}",
+        request_id=request_id_of(headers),
+        code=_word(details.get("code")),
+        body=text[:_CLIP],
+    )
+
+
+def read_error(
+    status_code: int, body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None
+) -> APIStatusError:
+    """Return the error that a reply outside 2xx stands for.
+
+    Args:
+        status_code: The HTTP status.
+        body: The body's bytes: JSON of any shape, HTML, plain text or nothing.
+        headers: The reply's headers, their names in any case.
+        secret: The API key; where the server quotes it, "***" is shown.
+    """
+    text = _shown(body, secret)
+    details = _error_in(_loaded(text))
+    message = details.get("message") or _plain(text) or "the server gives no reason"
+    if location := headers.get("location"):
+        message = f"the server points to {location}, and redirects are not followed: set base_url to its address"
+    request_id = request_id_of(headers)
+    where = f"HTTP {status_code}" + (f", request {request_id}" if request_id else "")
+    return error_for_status(
+        status_code,
+        f"{message[:_CLIP]} [{where}]",
+        request_id=request_id,
+        code=_word(details.get("code")),
+        type=_word(details.get("type")),
+        body=text[:_CLIP],
+        retry_after=_retry_after(headers, message),
+    )
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _error_in(reply: Any) -> dict[str, Any]:
+    """Return message, type and code from any of the known shapes of an error; empty where there is none."""
+    if not isinstance(reply, dict):
+        return {}
+    for error in (reply.get("error"), reply.get("detail"), reply.get("message")):
+        if isinstance(error, dict):
+            message = error.get("message") or error.get("error") or json.dumps(error)
+            return {**error, "message": message if isinstance(message, str) else json.dumps(message)}
+        if isinstance(error, str) and error:
+            return {"type": reply.get("type"), "code": reply.get("code"), "message": error}
+        if isinstance(error, list) and error:
+            return {"message": "; ".join(_validation_line(line) for line in error)}
+    return {}
+
+
+def _validation_line(line: Any) -> str:
+    """Put one entry of FastAPI's list of validation errors into words."""
+    if isinstance(line, dict) and isinstance(line.get("msg"), str):
+        place = line.get("loc")
+        return f"{'.'.join(map(str, place))}: {line['msg']}" if isinstance(place, list) else str(line["msg"])
+    return json.dumps(line)
+
+
+def _shown(body: bytes | bytearray, secret: SecretStr | None) -> str:
+    text = body.decode("utf-8", "replace")
+    return text.replace(secret.get_secret_value(), "***") if secret else text
+
+
+def _plain(text: str) -> str:
+    """Return a body that is no JSON in a line: without tags, and clipped."""
+    if "<" in text[:100]:
+        text = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", text[:20_000])
+    return " ".join(text.split())[:200]
+
+
+def _word(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int) and value not in {"", "None"} else None
+
+
+def _dig(value: Any, *names: str) -> Any:
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+_RESETS_AT = re.compile(r"Limit resets at: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC")
+_TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
+
+
+def _retry_after(headers: Mapping[str, str], message: str) -> float | None:
+    """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
+    now = _date(headers.get("date", "")) or datetime.now(UTC)
+    waits = [_number(headers.get("retry-after-ms", ""), 0.001), _number(headers.get("retry-after", ""))]
+    if date := _date(headers.get("retry-after", "")):
+        waits.append((date - now).total_seconds())
+    # A limit on parallel requests frees as soon as another call ends, whatever its window says.
+    if (found := _RESETS_AT.search(message)) and "Limit type: max_parallel_requests" not in message:
+        waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
+    if found := _TRY_AGAIN.search(message):
+        waits.append(float(found[1]))
+    return next((max(wait, 0.0) for wait in waits if wait is not None), None)
+
+
+def _number(text: str, unit: float = 1.0) -> float | None:
+    try:
+        seconds = float(text) * unit
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)

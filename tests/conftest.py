@@ -1,0 +1,68 @@
+import asyncio
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pytest
+from tenacity import wait_none
+
+from regolo_rerank import RegoloClient, RerankResponse, retry
+from tests.stub import Stub
+
+KEY = "sk-canary-4f1d"
+
+
+class Rank(Protocol):
+    """Calls a client's `rerank` or `arerank`."""
+
+    def __call__(self, client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse: ...
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the machine's key, server or proxies."""
+    for name in ("REGOLO_API_KEY", "REGOLO_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow at once, except where the server names a wait, or a test asks for `real_backoff`."""
+    if "real_backoff" not in request.keywords:
+        monkeypatch.setattr(retry, "_BACKOFF", wait_none())
+        monkeypatch.setattr(retry, "_WINDOW_BACKOFF", wait_none())
+        monkeypatch.setattr(retry, "_SPREAD", 0.0)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    """A server on loopback that answers as the service does, until it is told otherwise."""
+    with Stub() as server:
+        yield server
+
+
+@pytest.fixture(params=["sync", "async"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """Both ways of calling."""
+    return str(request.param)
+
+
+@pytest.fixture
+def rank(mode: str) -> Rank:
+    """Call a client in both ways."""
+
+    def call(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
+        if mode == "sync":
+            return client.rerank(query, documents, **arguments)
+        return asyncio.run(client.arerank(query, documents, **arguments))
+
+    return call
+
+
+@pytest.fixture
+def client(stub: Stub) -> Iterator[RegoloClient]:
+    """A client of the stub server."""
+    with RegoloClient(KEY, base_url=stub.url) as opened:
+        yield opened
