@@ -76,6 +76,7 @@ class Pools:
         self.gate = Gate()
         # Nobody is told when a client is forgotten; its sockets must close without a warning.
         weakref.finalize(self, _close, self._clients, self._pid)
+        weakref.finalize(self, self._loops.clear).atexit = False
 
     def _forked(self) -> None:
         if self._pid != os.getpid():

@@ -85,7 +85,8 @@ class Patience:
     """
 
     def __init__(self, options: Options, gate: Gate) -> None:
-        self._options = options
+        # Not the options as a whole: tenacity's objects refer to themselves, and would keep all of a call alive.
+        self._max_retries = options.max_retries
         self._gate = gate
         self._in_time = stop_before_delay(options.max_retry_seconds)
         self.sent = 0
@@ -117,7 +118,7 @@ class Patience:
         return max(wait, self._gate.held_for())
 
     def _stop(self, state: "RetryCallState") -> bool:
-        return self.sent > self._options.max_retries or self._in_time(state)
+        return self.sent > self._max_retries or self._in_time(state)
 
     def _before_sleep(self, state: "RetryCallState") -> None:
         error = _error_of(state)

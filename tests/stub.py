@@ -154,7 +154,7 @@ class Stub:
                 finally:
                     stub._entered(-1)
                 content = reply.encoded()
-                self.send_response(reply.status)
+                self.send_response_only(reply.status)
                 for name, value in ({"content-type": "application/json"} | reply.headers).items():
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(content)))

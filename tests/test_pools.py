@@ -1,0 +1,188 @@
+import asyncio
+import copy
+import gc
+import multiprocessing
+import threading
+import time
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regolo_rerank import APITimeoutError, RegoloClient
+from tests.conftest import KEY
+from tests.stub import Reply, Stub, pairs, scored
+
+EXPECTED = [(1, 0.9), (0, 0.1)]
+DOCUMENTS = ["a score=0.1", "b score=0.9"]
+
+
+def sockets() -> int:
+    """Count this process's open sockets."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the listing's own
+            count += str(link.readlink()).startswith("socket:")
+    return count
+
+
+async def ranked(client: RegoloClient) -> list[tuple[int, float]]:
+    """Rank the two documents."""
+    return pairs((await client.arerank("q", DOCUMENTS)).results)
+
+
+@pytest.mark.parametrize("runs", [3, 20])
+def test_a_client_works_in_one_event_loop_after_another(client: RegoloClient, stub: Stub, runs: int) -> None:
+    """Each asyncio.run has its own pool, which is gone with its loop, sockets included."""
+    before = sockets()
+    for _ in range(runs):
+        assert asyncio.run(ranked(client)) == EXPECTED
+        assert not client._pools._loops
+    gc.collect()
+    deadline = time.monotonic() + 2
+    while sockets() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # the stub closes its side a moment later
+    assert sockets() <= before
+    assert stub.connections == runs
+
+
+def test_a_loop_that_was_closed_without_its_generators_is_forgotten(client: RegoloClient) -> None:
+    """A loop whose owner skipped shutdown_asyncgens does not stay for ever."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(ranked(client))
+    pools = client._pools._loops[loop]
+    loop.run_until_complete(pools.client("loopback").aclose())
+    loop.close()
+    asyncio.run(ranked(client))
+    assert loop not in client._pools._loops
+
+
+def test_two_loops_in_two_threads_at_once(client: RegoloClient) -> None:
+    """Two event loops use one client at the same time."""
+
+    async def many() -> list[list[tuple[int, float]]]:
+        return await asyncio.gather(*(ranked(client) for _ in range(20)))
+
+    with ThreadPoolExecutor(2) as threads:
+        for answers in threads.map(lambda _: asyncio.run(many()), range(2)):
+            assert answers == [EXPECTED] * 20
+
+
+def test_many_threads_share_one_client(client: RegoloClient) -> None:
+    """32 threads get the right ranking from one client."""
+    with ThreadPoolExecutor(32) as threads:
+        answers = list(threads.map(lambda _: pairs(client.rerank("q", DOCUMENTS).results), range(64)))
+    assert answers == [EXPECTED] * 64
+
+
+def test_async_calls_start_no_thread(stub: Stub) -> None:
+    """64 calls at once wait together in one loop, without a thread of ours."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+    ours: set[str] = set()
+
+    async def many(client: RegoloClient) -> None:
+        calls = asyncio.gather(*(client.arerank("q", DOCUMENTS) for _ in range(64)))
+        await asyncio.sleep(0.15)
+        ours.update(thread.name for thread in threading.enumerate())
+        await calls
+
+    with RegoloClient(KEY, base_url=stub.url) as client:
+        started = time.monotonic()
+        asyncio.run(many(client))
+    assert time.monotonic() - started < 3
+    assert stub.most_at_once > 40
+    assert not [name for name in ours if name.startswith(("asyncio_", "regolo"))]
+
+
+def test_a_cancelled_call_leaves_nothing_behind(stub: Stub) -> None:
+    """wait_for ends a call at once, with no task left and nothing more sent."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.5)
+
+    async def cancelled(client: RegoloClient) -> tuple[float, set[Any]]:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.arerank("q", [f"{index}" for index in range(9)]), 0.1)
+        took = time.monotonic() - started
+        await asyncio.sleep(0)
+        return took, asyncio.all_tasks() - {asyncio.current_task()}
+
+    with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+        took, tasks = asyncio.run(cancelled(client))
+    assert took < 0.4
+    assert not tasks
+    assert len(stub.received) == 4
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_a_forgotten_client_closes_without_a_warning(stub: Stub, *, cyclic: bool) -> None:
+    """A client that nobody closes leaves no socket and no ResourceWarning, also as part of a reference cycle."""
+
+    async def forget() -> None:
+        before = sockets()
+        client = RegoloClient(KEY, base_url=stub.url)
+        await ranked(client)
+        client.rerank("q", DOCUMENTS)
+        gone = weakref.ref(client)
+        if cyclic:
+            cycle: list[Any] = [client]
+            cycle.append(cycle)
+            del cycle
+        del client
+        if cyclic:
+            gc.collect()
+        assert gone() is None
+        await asyncio.sleep(0.05)  # the loop closes the pool as soon as it runs
+        assert sockets() <= before + 2  # the stub's ends of both connections
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(forget())
+        gc.collect()
+    assert not [str(warning.message) for warning in caught]
+
+
+def test_a_forked_process_opens_its_own_connections(stub: Stub) -> None:
+    """After fork the child ranks over a connection of its own, and the parent's stays usable."""
+    with RegoloClient(KEY, base_url=stub.url) as client:
+        client.rerank("q", DOCUMENTS)
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+
+        def child() -> None:
+            answers.put((pairs(client.rerank("q", DOCUMENTS).results), asyncio.run(ranked(client))))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside the stub's threads
+            process = context.Process(target=child)
+            process.start()
+        process.join(20)
+        assert process.exitcode == 0
+        assert answers.get() == (EXPECTED, EXPECTED)
+        assert pairs(client.rerank("q", DOCUMENTS).results) == EXPECTED
+        assert stub.connections == 3
+
+
+def test_a_deep_copy_has_connections_of_its_own(client: RegoloClient) -> None:
+    """Closing a copy does not close the original's connections."""
+    client.rerank("q", DOCUMENTS)
+    with copy.deepcopy(client) as copied:
+        copied.rerank("q", DOCUMENTS)
+        assert copied._pools is not client._pools
+    assert client._pools._clients
+
+
+def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
+    """Ctrl-C must not wait for a batch in flight: its threads end with the process."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+    client = RegoloClient(KEY, base_url=stub.url, batch_size=1, timeout=0.1, max_retries=0)
+    with pytest.raises(APITimeoutError):
+        client.rerank("q", DOCUMENTS)
+    workers = [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"]
+    assert all(thread.daemon for thread in workers)
+    for thread in workers:
+        thread.join(2)
+    client.close()
