@@ -7,13 +7,13 @@ two thin drivers send it.
 import asyncio
 import functools
 import logging
-import math
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
@@ -22,12 +22,17 @@ from pydantic import PrivateAttr, SecretStr
 from tenacity import AsyncRetrying, Retrying, sleep_using_event
 
 from regolo_rerank import __version__
-from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, BadRequestError
+from regolo_rerank.errors import (
+    APIConnectionError,
+    APIResponseError,
+    APITimeoutError,
+    BadRequestError,
+)
 from regolo_rerank.local import SCORER_EXTENSION
 from regolo_rerank.options import Options
 from regolo_rerank.pools import Pools
 from regolo_rerank.ranking import Plan, RerankResponse, checked_documents, checked_query
-from regolo_rerank.retry import Gate, Patience
+from regolo_rerank.retry import Gate, Patience, is_crowded
 from regolo_rerank.wire import read_error, read_reply, request_id_of
 
 __all__ = ["MAX_REPLY_BYTES", "RegoloClient", "Reranker"]
@@ -49,6 +54,41 @@ class _BearerAuth(httpx.Auth):
         yield request
 
 
+class _Crew:
+    """A call's batches and the workers that share them.
+
+    Where the account may have fewer requests in flight than there are workers, a worker that is refused hands its
+    batch back and leaves; the last one stays and waits.
+    """
+
+    def __init__(self, batches: list[range], concurrency: int) -> None:
+        self.batches = len(batches)
+        self.workers = min(concurrency, len(batches))
+        self._todo = deque(batches)
+        self._lock = threading.Lock()
+
+    def take(self) -> range | None:
+        """Return the next batch; a worker that gets none has left."""
+        with self._lock:
+            if self._todo:
+                return self._todo.popleft()
+            self.workers -= 1
+            return None
+
+    def hand_back(self, batch: range) -> bool:
+        """Give a batch to the others and leave, or return False to the last worker."""
+        with self._lock:
+            if self.workers == 1:
+                return False
+            self.workers -= 1
+            self._todo.appendleft(batch)
+            return True
+
+
+class _LeftError(Exception):
+    """Ends a worker whose batch is another's now, or whose call has failed elsewhere; nobody else sees it."""
+
+
 class _Call:
     """One call: its options as they are now, its plan, and what to make of each reply."""
 
@@ -58,10 +98,13 @@ class _Call:
         query: str,
         documents: Iterable[str],
         arguments: dict[str, Any],
+        *,
         callers_client: httpx.Client | httpx.AsyncClient | None,
+        gate: Gate,
     ) -> None:
         self.options = reranker.for_call(**arguments)
         self.timeout = self.options.timeout if callers_client is None else None
+        self.gate = gate
         self.endpoint = self.options.endpoint()
         self.plan = Plan(
             checked_query(query),
@@ -69,6 +112,8 @@ class _Call:
             self.options,
             self.options.format_for(self.endpoint),
         )
+        self.crew = _Crew(self.plan.batches, self.options.max_concurrency)
+        self._patience: dict[range, Patience] = {}
         self._key = self.options.key_for(self.endpoint) if self.plan.batches else None
         self._headers = {
             "Accept": "application/json",
@@ -76,6 +121,10 @@ class _Call:
             "User-Agent": reranker.user_agent(),
             **(self.options.default_headers or {}),
         }
+
+    def patience(self, batch: range) -> Patience:
+        """Return the patience of a batch's request, the same one whoever sends it."""
+        return self._patience.setdefault(batch, Patience(self.options, self.gate))
 
     def request(self, batch: range) -> dict[str, Any]:
         """Return the arguments of a batch's request, for the `stream` of either httpx client."""
@@ -94,8 +143,8 @@ class _Call:
             arguments["extensions"] = {SCORER_EXTENSION: self.options.scorer}
         return arguments
 
-    def learn(self, batch: range, response: httpx.Response, body: bytearray, sent: int) -> None:
-        """Take in a complete reply to what was sent for the `sent`-th time.
+    def learn(self, batch: range, response: httpx.Response, body: bytearray, sent: int, started: float) -> None:
+        """Take in a complete reply to what was sent for the `sent`-th time, at `started` by the monotonic clock.
 
         Raises:
             APIStatusError: The server said no.
@@ -111,16 +160,19 @@ class _Call:
         )
         if response.is_success:
             self.plan.learn(batch, read_reply(body, response.headers, self._key), request_id, sent)
+            self.gate.took(time.monotonic() - started)
             return
         error = read_error(response.status_code, body, response.headers, self._key)
+        if is_crowded(error) and self.crew.hand_back(batch):
+            raise _LeftError
         if isinstance(error, BadRequestError) and "context length" in str(error):
             index, length = self.plan.longest(batch)
             hint = f"the longest document sent is documents[{index}] with {length} characters"
             error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
         raise error
 
-    def check(self, body: bytearray, deadline: float = math.inf) -> None:
-        """Refuse a reply that grows without end, or does not come to one in time (in seconds of the monotonic clock).
+    def check(self, body: bytearray, started: float) -> None:
+        """Refuse a reply that grows without end, or comes too slowly (`started` in seconds of the monotonic clock).
 
         Raises:
             APIResponseError: It is too large.
@@ -128,7 +180,7 @@ class _Call:
         """
         if len(body) > MAX_REPLY_BYTES:
             raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
-        if time.monotonic() > deadline:
+        if self.timeout is not None and time.monotonic() - started > self.timeout:
             raise TimeoutError
 
     @contextmanager
@@ -176,19 +228,17 @@ class Reranker(Options):
         return copied
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        call = _Call(self, query, documents, arguments, self.http_client)
+        call = _Call(self, query, documents, arguments, callers_client=self.http_client, gate=self._pools.gate)
         if call.plan.batches:
             client = self.http_client or self._pools.client(call.endpoint)
-            send = functools.partial(_send, call, client, self._pools.gate)
-            _run(send, call.plan.batches, call.options.max_concurrency)
+            _run(call.crew, functools.partial(_send, call, client))
         return call.plan.response()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        call = _Call(self, query, documents, arguments, self.async_http_client)
+        call = _Call(self, query, documents, arguments, callers_client=self.async_http_client, gate=self._pools.gate)
         if call.plan.batches:
             client = self.async_http_client or await self._pools.async_client(call.endpoint)
-            send = functools.partial(_asend, call, client, self._pools.gate)
-            await _arun(send, call.plan.batches, call.options.max_concurrency)
+            await _arun(call.crew, functools.partial(_asend, call, client))
         return call.plan.response()
 
     def close(self) -> None:
@@ -299,95 +349,90 @@ class RegoloClient(Reranker):
         )
 
 
-class _AbandonedError(Exception):
-    """Ends a thread whose call has failed elsewhere; nobody sees it."""
-
-
-def _send(call: _Call, client: httpx.Client, gate: Gate, batch: range, stop: threading.Event) -> None:
+def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = Patience(call.options, gate)
+    patience = call.patience(batch)
 
     def attempt() -> None:
         if stop.is_set():
-            raise _AbandonedError
+            raise _LeftError
         patience.before_sending()
-        body, deadline = bytearray(), time.monotonic() + (call.timeout or math.inf)
+        body, started = bytearray(), time.monotonic()
         with call.errors(), client.stream(**call.request(batch)) as response:
             for chunk in response.iter_bytes():
                 body += chunk
-                call.check(body, deadline)
-        call.learn(batch, response, body, patience.sent)
+                call.check(body, started)
+        call.learn(batch, response, body, patience.sent, started)
 
-    stop.wait(gate.held_for())
+    stop.wait(call.gate.held_for())
     Retrying(sleep=sleep_using_event(stop), **patience.policy())(attempt)
 
 
-async def _asend(call: _Call, client: httpx.AsyncClient, gate: Gate, batch: range) -> None:
+async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = Patience(call.options, gate)
+    patience = call.patience(batch)
 
     async def attempt() -> None:
         patience.before_sending()
-        body = bytearray()
+        body, started = bytearray(), time.monotonic()
         with call.errors():
             async with asyncio.timeout(call.timeout), client.stream(**call.request(batch)) as response:
                 async for chunk in response.aiter_bytes():
                     body += chunk
-                    call.check(body)
-        call.learn(batch, response, body, patience.sent)
+                    call.check(body, started)
+        call.learn(batch, response, body, patience.sent, started)
 
-    if held := gate.held_for():
+    if held := call.gate.held_for():
         await asyncio.sleep(held)
     await AsyncRetrying(sleep=asyncio.sleep, **patience.policy())(attempt)
 
 
-def _run(send: Callable[[range, threading.Event], None], batches: list[range], concurrency: int) -> None:
-    """Send batches, some at once; the first final failure stops those that have not started, and is raised."""
+def _run(crew: _Crew, send: Callable[[range, threading.Event], None]) -> None:
+    """Send all batches, some at once; the first final failure stops those that have not started, and is raised."""
     stop = threading.Event()
-    todo: SimpleQueue[range] = SimpleQueue()
     done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work() -> None:
-        with suppress(Empty):
-            while not stop.is_set():
-                batch = todo.get_nowait()
-                try:
-                    send(batch, stop)
-                except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-                    done.put(error)
-                else:
-                    done.put(None)
+        with suppress(_LeftError):
+            while not stop.is_set() and (batch := crew.take()) is not None:
+                send(batch, stop)
+                done.put(None)
 
-    if len(batches) == 1:
-        send(batches[0], stop)
+    def work_for_the_caller() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            done.put(error)
+
+    if crew.workers == 1:
+        work()
         return
-    for batch in batches:
-        todo.put(batch)
-    for _ in range(min(concurrency, len(batches))):
+    for _ in range(crew.workers):
         # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
-        threading.Thread(target=copy_context().run, args=(work,), daemon=True, name="regolo_rerank").start()
+        context = copy_context()
+        threading.Thread(target=context.run, args=(work_for_the_caller,), daemon=True, name="regolo_rerank").start()
     try:
-        for _ in batches:
+        for _ in range(crew.batches):
             if failure := done.get():
                 raise failure
     finally:
         stop.set()
 
 
-async def _arun(send: Callable[[range], Awaitable[None]], batches: list[range], concurrency: int) -> None:
+async def _arun(crew: _Crew, send: Callable[[range], Awaitable[None]]) -> None:
     """Do the same with tasks."""
-    todo = iter(batches)
 
     async def work() -> None:
-        for batch in todo:
-            await send(batch)
+        with suppress(_LeftError):
+            while (batch := crew.take()) is not None:
+                await send(batch)
 
-    if len(batches) == 1:
-        await send(batches[0])
+    if crew.workers == 1:
+        await work()
         return
     try:
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(concurrency, len(batches))):
+            for _ in range(crew.workers):
                 tasks.create_task(work())
     except ExceptionGroup as group:
         failure = group.exceptions[0]

@@ -12,7 +12,7 @@ import time
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from tenacity import retry_if_exception, stop_before_delay, wait_random_exponential
+from tenacity import retry_if_exception, wait_random_exponential
 
 from regolo_rerank.errors import (
     APIConnectionError,
@@ -50,10 +50,20 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, RateLimitError | ServerError)
 
 
+def is_crowded(error: BaseException | None) -> bool:
+    """Return whether the service refused a request because too many are in flight: one fewer is the cure."""
+    return isinstance(error, RateLimitError) and "max_parallel_requests" in str(error)
+
+
 class Gate:
-    """The wait after a 429, which all requests of a client share."""
+    """The wait after a 429, which all requests of a client share.
+
+    Attributes:
+        seconds_a_request: How long requests took lately, so that a crowded one waits as long as another takes.
+    """
 
     def __init__(self) -> None:
+        self.seconds_a_request = 0.0
         self._lock = threading.Lock()
         self._opens_at = 0.0
         self._refusal: RateLimitError | None = None
@@ -69,6 +79,10 @@ class Gate:
         """Return the seconds until requests may pass."""
         return max(0.0, self._opens_at - time.monotonic())
 
+    def took(self, seconds: float) -> None:
+        """Learn how long a request took."""
+        self.seconds_a_request += (seconds - self.seconds_a_request) / (4 if self.seconds_a_request else 1)
+
     def check(self) -> None:
         """Raise what the server said when it closed the gate, as long as the gate is closed."""
         held = self.held_for()
@@ -79,21 +93,20 @@ class Gate:
 
 
 class Patience:
-    """How one request waits and tries again.
-
-    Its clock starts when tenacity makes the first attempt; waiting for the gate before that does not count.
-    """
+    """How one request waits and tries again; its clock starts when it is first sent."""
 
     def __init__(self, options: Options, gate: Gate) -> None:
         # Not the options as a whole: tenacity's objects refer to themselves, and would keep all of a call alive.
         self._max_retries = options.max_retries
+        self._max_retry_seconds = options.max_retry_seconds
         self._gate = gate
-        self._in_time = stop_before_delay(options.max_retry_seconds)
+        self._first_sent: float | None = None
         self.sent = 0
 
     def before_sending(self) -> None:
         """Count a request that is about to be sent, or raise the refusal that it would meet."""
         self._gate.check()
+        self._first_sent = self._first_sent or time.monotonic()
         self.sent += 1
 
     def policy(self) -> dict[str, Any]:
@@ -111,18 +124,22 @@ class Patience:
         wait = getattr(error, "retry_after", None)
         if wait is not None:
             wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
-        elif isinstance(error, RateLimitError) and "max_parallel_requests" not in str(error):
+        elif is_crowded(error):
+            wait = self._gate.seconds_a_request * 2 ** (state.attempt_number - 1) + _BACKOFF(state)
+        elif isinstance(error, RateLimitError):
             wait = _WINDOW_BACKOFF(state)
         else:
             wait = _BACKOFF(state)
         return max(wait, self._gate.held_for())
 
     def _stop(self, state: "RetryCallState") -> bool:
-        return self.sent > self._max_retries or self._in_time(state)
+        now = time.monotonic()
+        spent = now - (self._first_sent or now) + state.upcoming_sleep
+        return self.sent > self._max_retries or spent >= self._max_retry_seconds
 
     def _before_sleep(self, state: "RetryCallState") -> None:
         error = _error_of(state)
-        if isinstance(error, RateLimitError):
+        if isinstance(error, RateLimitError) and not is_crowded(error):
             self._gate.close_for(state.upcoming_sleep, error)
         _log.warning(
             "attempt %d failed, next in %.2f s: %s: %s",

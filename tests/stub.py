@@ -81,6 +81,7 @@ class Stub:
         url: Its base URL.
         received: The requests so far, in the order of their arrival.
         reply: What answers a request when no scripted reply is left.
+        at_once: How many requests are in flight.
         most_at_once: The largest number of requests that were in flight at the same time.
         connections: How many connections were opened.
     """
@@ -90,7 +91,7 @@ class Stub:
         self.received: list[Received] = []
         self.most_at_once = 0
         self.connections = 0
-        self._at_once = 0
+        self.at_once = 0
         self._script: deque[Reply] = deque()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), self._handler())
@@ -128,8 +129,8 @@ class Stub:
 
     def _entered(self, change: int) -> None:
         with self._lock:
-            self._at_once += change
-            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.at_once += change
+            self.most_at_once = max(self.most_at_once, self.at_once)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         stub = self

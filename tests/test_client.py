@@ -444,12 +444,39 @@ def test_backoff_grows_and_is_random(rank: Rank, client: RegoloClient, stub: Stu
 
 def test_one_refusal_holds_the_other_requests_back(rank: Rank, stub: Stub) -> None:
     """After a 429 no request of the client is sent until the time that the server named."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
     stub.script(Reply({"error": "slow down"}, 429, {"retry-after": "0.4"}))
-    client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=2)
-    rank(client, "q", texts(6))
+    client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=3)
+    rank(client, "q", texts(7))
     refused = stub.received[0].at
-    early = [request for request in stub.received[1:] if request.at - refused < 0.4]
-    assert len(early) <= 1  # the one that was already in flight
+    assert len(stub.received) == 8
+    assert sum(request.at - refused < 0.4 for request in stub.received) == 3  # those that were in flight together
+
+
+def test_a_call_takes_fewer_requests_at_once_where_the_account_may_have_no_more(rank: Rank, stub: Stub) -> None:
+    """Refused for too many parallel requests, a call goes on with fewer, and loses nothing."""
+
+    def two_at_once(request: Received) -> Reply:
+        if stub.at_once > 2:
+            return error("Limit type: max_parallel_requests. Current limit: 2", 429, retry_after_ms=None)
+        return Reply(scored(request).body, delay=0.05)
+
+    stub.reply = two_at_once
+    client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=6)
+    response = rank(client, "q", texts(20))
+    assert [result.index for result in response.results] == list(range(19, -1, -1))
+    assert len(stub.received) <= 24
+
+
+def test_the_last_request_waits_where_no_other_can_take_over(rank: Rank, client: RegoloClient, stub: Stub) -> None:
+    """A single request that is one too many is tried again, and fails as what it is."""
+    refusal = error("Limit type: max_parallel_requests. Current limit: 0", 429, retry_after_ms=None)
+    stub.script(refusal, refusal)
+    assert rank(client, "q", ["a"]).usage.requests == 3
+    stub.always(refusal)
+    with pytest.raises(RateLimitError, match="max_parallel_requests"):
+        rank(RegoloClient(KEY, base_url=stub.url, batch_size=1), "q", texts(8))
+    assert len(stub.received) <= 3 + 4 + 3
 
 
 def test_the_first_final_failure_stops_the_rest(rank: Rank, stub: Stub) -> None:

@@ -1,0 +1,312 @@
+"""The command line: `regolo-rerank rank` for your own texts, `regolo-rerank demo` to see what reranking does.
+
+Frameworks and the client are imported by the command that needs them, so that `--help` comes at once.
+"""
+
+import argparse
+import codecs
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from regolo_rerank import __version__
+from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
+
+if TYPE_CHECKING:
+    from regolo_rerank.ranking import RerankResponse, RerankResult
+
+__all__ = ["main"]
+
+_BLOCKS: Final = " ▏▎▍▌▋▊▉█"
+_ELLIPSIS: Final = "…"
+_SHOWN_CHARACTERS: Final = 4_096
+"""Of a text at most: thousands of marks on one letter take no column, but all the time and memory of a terminal."""
+
+_SILENT: Final = logging.NullHandler()
+
+_EPILOG: Final = """\
+examples:
+  regolo-rerank rank "capital of China" cities.txt --top-n 3
+  grep -h price *.md | regolo-rerank rank "what does it cost?" --threshold 0.5
+  regolo-rerank rank --local "capital of China" cities.txt
+  regolo-rerank demo
+
+The API key is read from the environment variable REGOLO_API_KEY, and never from
+an argument, which others could see in the list of processes.
+
+exit status: 0 done, 1 the service said no or failed, 2 wrong use,
+130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; None takes the process's own.
+
+    Returns:
+        The exit status: 0 done, 1 the service said no or failed, 2 wrong use, 130 interrupted.
+    """
+    # An error is told in one line, so the retries before it are not told as well.
+    logging.getLogger("regolo_rerank").addHandler(_SILENT)
+    try:
+        try:
+            _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)
+    except MissingAPIKeyError:
+        return _failed("no API key: set the environment variable REGOLO_API_KEY, or try without one by rank --local", 2)
+    except InvalidInputError as error:
+        return _failed(str(error), 2)
+    except RegoloError as error:
+        return _failed(str(error), 1)
+    except OSError as error:
+        # What is still buffered would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    parser, rank = _parsers()
+    # Options between QUERY and FILE take intermixed parsing, which knows neither commands nor "--".
+    if argv[:1] == ["rank"] and "--" not in argv:
+        parsed, unknown = rank.parse_known_intermixed_args(argv[1:])
+    else:
+        parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # Without its value, which might be a key.
+        parser.error(f"unknown argument {unknown[0].partition('=')[0]}")
+    arguments = vars(parsed)
+    arguments.pop("run")(**arguments)
+
+
+def _failed(problem: str, status: int) -> int:
+    print(f"regolo-rerank: {_harmless(problem)}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses wrong arguments in one line, like all other errors, and a key wherever it stands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.add_argument("--api-key", action=_RefuseKey, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInputError(f"{message} (see {self.prog} --help)")
+
+
+class _RefuseKey(argparse.Action):
+    """Tells whoever passes a key where it belongs, and does not repeat it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error("the key is read from the environment variable REGOLO_API_KEY only")
+
+
+def _parsers() -> tuple[_Parser, _Parser]:
+    """Return the parser of all commands, and the one of `rank` in it."""
+    parser = _Parser(
+        prog="regolo-rerank",
+        description="Rank texts by their relevance to a query, with Regolo.ai's Rerank API.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    rank = commands.add_parser(
+        "rank",
+        help="rank the lines of files or of standard input",
+        description="Rank documents by their relevance to a query, the best first.",
+        epilog=_EPILOG,
+        # What is not given is not passed on, so that every default stays the client's.
+        argument_default=argparse.SUPPRESS,
+    )
+    rank.set_defaults(run=_rank)
+    rank.add_argument("query", metavar="QUERY", help="what is searched")
+    rank.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        default=["-"],
+        help="documents, one a line; in *.jsonl, one object with a field text a line; - or no file: standard input",
+    )
+    rank.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
+    rank.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    rank.add_argument("--model", metavar="NAME", help="the reranking model")
+    rank.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
+    rank.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
+    server = rank.add_mutually_exclusive_group()
+    server.add_argument("--base-url", metavar="URL", help="the server; else the environment's REGOLO_BASE_URL")
+    server.add_argument(
+        "--local",
+        action="store_const",
+        const="local://",
+        dest="base_url",
+        help="score by shared words on this machine, without key, network or model",
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="see what reranking changes, on the documentation of Python's standard library",
+        description="Rerank what a keyword search finds in Python's own documentation, by LangChain and by LlamaIndex.",
+    )
+    demo.set_defaults(run=_demo)
+    return parser, rank
+
+
+def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> None:
+    from pydantic import ValidationError
+
+    from regolo_rerank import RegoloClient
+
+    documents = [document for file in files for document in _documents(file)]
+    try:
+        client = RegoloClient(**options)
+    except ValidationError as error:
+        raise InvalidInputError("; ".join(f"{line['loc'][0]}: {line['msg']}" for line in error.errors())) from None
+    with client:
+        response = client.rerank(query, documents)
+    if as_json:
+        print(_json(response))
+    elif response.results:
+        print(*_table(response.results, shutil.get_terminal_size().columns), sep="\n")
+    else:
+        print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
+
+
+def _demo() -> None:
+    try:
+        from regolo_rerank.demo import report
+    except ModuleNotFoundError:
+        raise InvalidInputError('the demo needs both frameworks: pip install "regolo_rerank[demo]"') from None
+    for line in report():
+        print(_encodable(line))
+
+
+def _documents(file: str) -> Iterator[str]:
+    """Read the documents of a file, or of standard input where it is called "-"."""
+    for number, line in enumerate(io.StringIO(_text(file), newline=None), 1):
+        if line.strip():
+            yield _field(line, f"{file}, line {number}") if file.lower().endswith(".jsonl") else line.rstrip("\n")
+
+
+def _text(file: str) -> str:
+    name = "standard input" if file == "-" else file
+    try:
+        return (_input() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidInputError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{name}: not UTF-8 at byte {error.start}") from None
+
+
+def _input() -> bytes:
+    if sys.stdin is None:
+        raise InvalidInputError("standard input: closed")
+    if sys.stdin.isatty():
+        print("reading documents, one a line, until the end of input", file=sys.stderr)
+    return sys.stdin.buffer.read()
+
+
+def _field(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, RecursionError):
+        raise InvalidInputError(f"{place}: not JSON") from None
+    except (LookupError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise InvalidInputError(f'{place}: not an object with a string in its field "text"')
+    return text
+
+
+def _json(response: "RerankResponse") -> str:
+    fields = asdict(response)
+    del fields["meta"]
+    text = json.dumps(fields, ensure_ascii=False)
+    # ASCII is UTF-8 too: the way out for another encoding, and for half a surrogate pair.
+    return text if _encoding() == "utf-8" and _encodable(text) == text else json.dumps(fields)
+
+
+def _table(results: "list[RerankResult]", width: int) -> Iterator[str]:
+    """Yield one line a result, none wider than the terminal."""
+    blocks, ellipsis = (_BLOCKS, _ELLIPSIS) if _encodable(_BLOCKS + _ELLIPSIS) == _BLOCKS + _ELLIPSIS else (" #", "...")
+    bar_width = min(20, width // 8)
+    scores = [_shown_score(result.relevance_score) for result in results]
+    score_width = max(map(len, scores))
+    for rank, (result, score, share) in enumerate(zip(results, scores, _shares(results), strict=True), 1):
+        bar = _bar(share, bar_width, blocks)
+        line = f"{rank:{len(str(len(results)))}}  {score:>{score_width}}  {bar}  {_harmless(result.document)}"
+        yield _clipped(line, width, ellipsis)
+
+
+def _shown_score(score: float) -> str:
+    return f"{score:.4f}" if abs(score) < 10_000 else f"{score:.3e}"
+
+
+def _shares(results: "list[RerankResult]") -> list[float]:
+    """Return how much of its bar each score fills: the score itself, or its place between the worst and the best."""
+    scores = [result.relevance_score for result in results]
+    low, high = min(scores), max(scores)
+    if low >= 0 and high <= 1:
+        return scores
+    # Halves, because the span of the largest numbers is no number.
+    span = high / 2 - low / 2
+    return [(score / 2 - low / 2) / span if span else 1.0 for score in scores]
+
+
+def _bar(share: float, width: int, blocks: str) -> str:
+    """Draw a bar in the last of the blocks, its end in one of those between."""
+    whole, part = divmod(round(share * width * (len(blocks) - 1)), len(blocks) - 1)
+    return f"{blocks[-1] * whole}{blocks[part] if part else ''}".ljust(width)
+
+
+def _clipped(line: str, width: int, ellipsis: str) -> str:
+    """Cut a line to a number of columns, with an ellipsis where something is lost."""
+    ends = [0, *accumulate(map(_columns, line))]
+    if ends[-1] <= width:
+        return line
+    return line[: bisect_right(ends, max(width - len(ellipsis), 0)) - 1] + ellipsis
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in {"Mn", "Me"}:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def _harmless(text: str) -> str:
+    """Return a text in one line that a terminal shows and does not obey."""
+    folded = _encodable(" ".join(text.split())[:_SHOWN_CHARACTERS])
+    return "".join(_shown_character(character) for character in folded)
+
+
+def _shown_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    # Format characters hide or reorder text, and have no shape of their own.
+    return "" if unicodedata.category(character) == "Cf" else character.encode("unicode_escape").decode()
+
+
+def _encodable(text: str) -> str:
+    """Return a text with a question mark for each character that standard output cannot take."""
+    return text.encode(_encoding(), "replace").decode(_encoding())
+
+
+def _encoding() -> str:
+    # A replaced or closed standard output may have no encoding.
+    return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name

@@ -1,0 +1,78 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from tests.conftest import KEY
+from tests.stub import Stub
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS
+
+pytestmark = [pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)]
+
+Run = Callable[[Path], NotebookNode]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a notebook in a fresh kernel of this interpreter, away from the user's settings and from the network."""
+    write_kernel_spec(tmp_path / "kernels" / "python3")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    def execute(path: Path) -> NotebookNode:
+        return NotebookClient(read(path), resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    return execute
+
+
+def read(path: Path) -> NotebookNode:
+    """Return a stored notebook."""
+    return nbformat.read(path, as_version=4)  # type: ignore[no-any-return, no-untyped-call]  # nbformat has no types
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the cells that run."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook: NotebookNode) -> list[str]:
+    """Return what each code cell printed; a warning, an error or any other output fails."""
+    for cell in code_cells(notebook):
+        assert [output for output in cell.outputs if output.get("name") != "stdout"] == []
+    return ["".join(output.text for output in cell.outputs) for cell in code_cells(notebook)]
+
+
+def test_it_is_stored_as_it_was_run(path: Path) -> None:
+    """A notebook is stored after one run from top to bottom, without times."""
+    notebook = read(path)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert [cell.metadata for cell in notebook.cells if cell.metadata] == []
+
+
+def test_it_runs_without_a_key(run: Run, path: Path) -> None:
+    """Without key and network each cell prints what is stored, to the letter on the Python that stored it."""
+    stored, fresh = read(path), run(path)
+    assert list(map(bool, printed(stored))) == list(map(bool, printed(fresh)))
+    if stored.metadata.language_info.version.split(".")[:2] == [str(part) for part in sys.version_info[:2]]:
+        assert printed(stored) == printed(fresh)
+
+
+def test_it_runs_with_a_key(run: Run, path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key, the same cells send their requests to the API with it, and it shows nowhere."""
+    monkeypatch.setenv("REGOLO_API_KEY", KEY)
+    monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
+    notebook = run(path)
+    assert all(printed(notebook))
+    assert {request.headers.get("authorization") for request in stub.received} == {f"Bearer {KEY}"}
+    assert KEY not in str(notebook)
