@@ -296,10 +296,10 @@ def _harmless(text: str) -> str:
 
 
 def _shown_character(character: str) -> str:
-    if character.isprintable():
-        return character
-    # Format characters hide or reorder text, and have no shape of their own.
-    return "" if unicodedata.category(character) == "Cf" else character.encode("unicode_escape").decode()
+    # Format characters hide or reorder text, and the emoji selector's width differs from terminal to terminal.
+    if unicodedata.category(character) == "Cf" or character == "\ufe0f":
+        return ""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def _encodable(text: str) -> str:

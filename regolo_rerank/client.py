@@ -27,10 +27,11 @@ from regolo_rerank.errors import (
     APIResponseError,
     APITimeoutError,
     BadRequestError,
+    InvalidInputError,
 )
 from regolo_rerank.local import SCORER_EXTENSION
 from regolo_rerank.options import Options
-from regolo_rerank.pools import Pools
+from regolo_rerank.pools import Pools, is_proxied
 from regolo_rerank.ranking import Plan, RerankResponse, checked_documents, checked_query
 from regolo_rerank.retry import Gate, Patience, is_crowded
 from regolo_rerank.wire import read_error, read_reply, request_id_of
@@ -115,6 +116,13 @@ class _Call:
         self.crew = _Crew(self.plan.batches, self.options.max_concurrency)
         self._patience: dict[range, Patience] = {}
         self._key = self.options.key_for(self.endpoint) if self.plan.batches else None
+        url = self.endpoint.url
+        in_the_clear = self._key is not None and url.scheme == "http" and not self.options.allow_http
+        if in_the_clear and callers_client is not None and is_proxied(callers_client, url):
+            raise InvalidInputError(
+                "http_client: its proxy would see the API key in the clear; use https, a client without a proxy, "
+                "or allow_http=True"
+            )
         self._headers = {
             "Accept": "application/json",
             "Content-Type": "application/json",
@@ -182,6 +190,16 @@ class _Call:
             raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
         if self.timeout is not None and time.monotonic() - started > self.timeout:
             raise TimeoutError
+
+    @contextmanager
+    def decoding(self, response: httpx.Response, body: bytearray) -> Iterator[None]:
+        """Let an error reply that cannot be decompressed count by its status alone."""
+        try:
+            yield
+        except httpx.DecodingError:
+            if response.is_success:
+                raise
+            body.clear()
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -358,7 +376,7 @@ def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event
             raise _LeftError
         patience.before_sending()
         body, started = bytearray(), time.monotonic()
-        with call.errors(), client.stream(**call.request(batch)) as response:
+        with call.errors(), client.stream(**call.request(batch)) as response, call.decoding(response, body):
             for chunk in response.iter_bytes():
                 body += chunk
                 call.check(body, started)
@@ -377,9 +395,10 @@ async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
         body, started = bytearray(), time.monotonic()
         with call.errors():
             async with asyncio.timeout(call.timeout), client.stream(**call.request(batch)) as response:
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    call.check(body, started)
+                with call.decoding(response, body):
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        call.check(body, started)
         call.learn(batch, response, body, patience.sent, started)
 
     if held := call.gate.held_for():

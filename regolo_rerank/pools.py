@@ -13,6 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any, Final, Literal, Self, TypeVar
 
+import httpcore
 import httpx
 
 from regolo_rerank.errors import APIConnectionError
@@ -20,7 +21,7 @@ from regolo_rerank.local import EmbeddedTransport
 from regolo_rerank.options import Endpoint
 from regolo_rerank.retry import Gate
 
-__all__ = ["Pools"]
+__all__ = ["Pools", "is_proxied"]
 
 Route = Literal["embedded", "loopback", "remote"]
 
@@ -57,6 +58,15 @@ def _opened(kind: type[C], route: Route) -> C:
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         msg = f"the environment's proxy cannot be used: {error}"
     raise APIConnectionError(msg)
+
+
+def is_proxied(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> bool:
+    """Return whether a client reaches a URL through a proxy."""
+    transport = client._transport_for_url(url)  # noqa: SLF001 - httpx tells nobody else
+    pool = getattr(transport, "_pool", None)
+    return isinstance(
+        pool, httpcore.HTTPProxy | httpcore.AsyncHTTPProxy | httpcore.SOCKSProxy | httpcore.AsyncSOCKSProxy
+    )
 
 
 class Pools:

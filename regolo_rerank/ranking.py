@@ -4,6 +4,7 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 (a document's score does not depend on the others in its request), so the replies merge exactly.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -147,7 +148,10 @@ class Plan:
 
     def request(self, batch: range) -> bytes:
         """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
-        return self._encoded([self._format.format_document(self._texts[slot]) for slot in batch])
+        return self._encoded([self._sent(slot) for slot in batch])
+
+    def _sent(self, slot: int) -> str:
+        return self._format.format_document(self._texts[slot])
 
     def _encoded(self, documents: list[str]) -> bytes:
         body: dict[str, Any] = {"model": self._options.model, "query": self._query, "documents": documents}
@@ -169,7 +173,7 @@ class Plan:
         longest = max(map(len, self._texts), default=0) + len(self._format.document)
         if min(most, count) * (longest * _BYTES_A_CHARACTER + len(b'"",')) <= budget:
             return even
-        sizes = [len(encoded(self._format.format_document(text))) + 1 for text in self._texts]
+        sizes = [len(encoded(self._sent(slot))) + 1 for slot in range(count)]
         ends = [0, *accumulate(sizes)]
         packed, start = [], 0
         for slot in range(count):
@@ -191,7 +195,8 @@ class Plan:
             sent: How often the request was sent.
 
         Raises:
-            APIResponseError: It leaves a document out, names one twice, or names one that was not sent.
+            APIResponseError: It leaves a document out, names one twice, names one that was not sent, or belongs to
+                another request.
         """
         asked = min(self._options.top_n or len(batch), len(batch))
         scores: dict[int, float] = {}
@@ -203,6 +208,9 @@ class Plan:
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
             raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
+        echoes = [(batch[result.index], result.echo) for result in reply.results if result.echo is not None]
+        if echoes and not any(_alike(echo, self._sent(slot)) for slot, echo in echoes):
+            raise _untrusted("it echoes other documents than were sent", request_id)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
 
@@ -242,6 +250,12 @@ class Plan:
             RerankResult(index, worst, self._documents[index]) for index, slot in enumerate(self._slots) if slot is None
         ]
         return (ranked + blank)[: options.top_n]
+
+
+def _alike(echo: str, sent: str) -> bool:
+    """Return whether a server may mean what was sent; it may have cut, stripped or lower-cased it, or left tags out."""
+    echoed, text = (re.sub(r"\W+", "", side[:1_000]).casefold() for side in (echo, sent))
+    return text[:50] in echoed or echoed[:50] in text
 
 
 def _untrusted(problem: str, request_id: str | None) -> APIResponseError:

@@ -40,14 +40,17 @@ class Result(BaseModel):
 
     index: int
     relevance_score: Annotated[float, Field(allow_inf_nan=False)]
+    document: Any = None
+
+    @property
+    def echo(self) -> str | None:
+        """The text that the server says it has scored, from whichever of the known places has it."""
+        text = self.document.get("text") if isinstance(self.document, dict) else self.document
+        return text if isinstance(text, str) else None
 
 
 class Reply(BaseModel):
-    """The JSON of a reply.
-
-    The documents that a server echoes are left unread: what they hold differs by backend, and the caller has the
-    originals.
-    """
+    """The JSON of a reply."""
 
     id: Any = None
     results: list[Result]

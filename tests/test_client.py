@@ -651,6 +651,26 @@ def test_the_embedded_endpoint_takes_no_http_client(rank: Rank, option: str) -> 
         rank(RegoloClient(base_url="local://", **mine), "q", ["a"])
 
 
+def test_a_clear_text_proxy_does_not_see_the_key(mode: str, stub: Stub) -> None:
+    """The key goes over http to this machine, but not by way of a caller's proxy, except with allow_http."""
+    mine: dict[str, Any] = {
+        "http_client": httpx.Client(proxy=stub.url),
+        "async_http_client": httpx.AsyncClient(proxy=stub.url),
+    }
+    client = RegoloClient(KEY, base_url="http://127.0.0.1:9", max_retries=0, **mine)
+
+    def call() -> RerankResponse:
+        return client.rerank("q", ["a"]) if mode == "sync" else asyncio.run(client.arerank("q", ["a"]))
+
+    with pytest.raises(InvalidInputError, match="proxy would see the API key"):
+        call()
+    assert not stub.received
+    client.allow_http = True
+    assert call().results
+    client.api_key, client.allow_http = "", False
+    assert call().results
+
+
 # --- long documents ---------------------------------------------------------------------------------------------------
 
 

@@ -96,3 +96,30 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
     assert caught.value.request_id == "call-1"
     plan.learn(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), None, 2)
     assert pairs(plan.response().results) == [(1, 0.2), (0, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("echoes", "fits"),
+    [
+        (["Tag: Alpha <|x|> one", "Tag: beta two"], True),
+        (["alpha < |x|>", "BETA"], True),
+        ([None, None], True),
+        (["", ""], True),
+        (["something else", "beta two"], True),
+        (["gamma", "delta"], False),
+        (["beta two", "Alpha one"], False),
+    ],
+)
+def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | None], *, fits: bool) -> None:
+    """Echoed texts may be cut, tagged or in another case; only where none of them was sent is the reply foreign."""
+    plan = Plan("q", ["Alpha <|x|> one", "beta two"], Options(), PromptFormat(document="Tag: {document}"))
+    ranked = [
+        {"index": index, "relevance_score": 0.5, "document": None if echo is None else {"text": echo}}
+        for index, echo in enumerate(echoes)
+    ]
+    reply = Reply.model_validate({"results": ranked})
+    if fits:
+        plan.learn(plan.batches[0], reply, None, 1)
+    else:
+        with pytest.raises(APIResponseError, match="echoes other documents"):
+            plan.learn(plan.batches[0], reply, None, 1)
