@@ -653,22 +653,25 @@ def test_the_embedded_endpoint_takes_no_http_client(rank: Rank, option: str) -> 
 
 def test_a_clear_text_proxy_does_not_see_the_key(mode: str, stub: Stub) -> None:
     """The key goes over http to this machine, but not by way of a caller's proxy, except with allow_http."""
-    mine: dict[str, Any] = {
-        "http_client": httpx.Client(proxy=stub.url),
-        "async_http_client": httpx.AsyncClient(proxy=stub.url),
-    }
-    client = RegoloClient(KEY, base_url="http://127.0.0.1:9", max_retries=0, **mine)
 
-    def call() -> RerankResponse:
-        return client.rerank("q", ["a"]) if mode == "sync" else asyncio.run(client.arerank("q", ["a"]))
+    def call(**options: Any) -> RerankResponse:
+        with httpx.Client(proxy=stub.url) as mine:
+            return RegoloClient(base_url="http://127.0.0.1:9", http_client=mine, **options).rerank("q", ["a"])
+
+    async def acall(**options: Any) -> RerankResponse:
+        async with httpx.AsyncClient(proxy=stub.url) as mine:
+            return await RegoloClient(base_url="http://127.0.0.1:9", async_http_client=mine, **options).arerank(
+                "q", ["a"]
+            )
+
+    def ranked(**options: Any) -> RerankResponse:
+        return call(**options) if mode == "sync" else asyncio.run(acall(**options))
 
     with pytest.raises(InvalidInputError, match="proxy would see the API key"):
-        call()
+        ranked(api_key=KEY)
     assert not stub.received
-    client.allow_http = True
-    assert call().results
-    client.api_key, client.allow_http = "", False
-    assert call().results
+    assert ranked(api_key=KEY, allow_http=True).results
+    assert ranked(api_key="").results
 
 
 # --- long documents ---------------------------------------------------------------------------------------------------
