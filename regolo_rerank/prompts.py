@@ -64,13 +64,13 @@ class PromptFormat(BaseModel):
     def format_document(self, document: str) -> str:
         """Return the document string of a request."""
         before, _, after = self.document.partition("{document}")
-        return before + self._fill(before, document) + after
+        return before + self._fill(before or self.query, document) + after
 
     def _fill(self, before: str, text: str) -> str:
         if not self.escape:
             return text
         text = text.replace("<|", "< |")
-        # A token must not come together at the seams either: the server may put the next string right behind this one.
+        # A token must not come together at the seams either: the server may put document right behind query.
         if text.endswith("<"):
             text += " "
         return f" {text}" if text.startswith("|") and before.endswith("<") else text

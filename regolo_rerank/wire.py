@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
@@ -116,13 +117,12 @@ def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: Secr
         if reply.error is None:
             return reply
         problem = "an error in place of results"
-    text = _shown(body, secret)
-    details = _error_in(_loaded(text))
+    text, details = _understood(body, secret)
     raise APIResponseError(
         f"the reply cannot be trusted: {details.get('message') or problem}",
-        request_id=request_id_of(headers),
-        code=_word(details.get("code")),
-        body=text[:_CLIP],
+        request_id=_word(request_id_of(headers), secret),
+        code=details.get("code"),
+        body=text,
     )
 
 
@@ -137,22 +137,43 @@ def read_error(
         headers: The reply's headers, their names in any case.
         secret: The API key; where the server quotes it, "***" is shown.
     """
-    text = _shown(body, secret)
-    details = _error_in(_loaded(text))
+    text, details = _understood(body, secret)
     message = details.get("message") or _plain(text) or "the server gives no reason"
-    if location := headers.get("location"):
+    if location := _word(headers.get("location"), secret):
         message = f"the server points to {location}, and redirects are not followed: set base_url to its address"
-    request_id = request_id_of(headers)
+    request_id = _word(request_id_of(headers), secret)
     where = f"HTTP {status_code}" + (f", request {request_id}" if request_id else "")
     return error_for_status(
         status_code,
         f"{message[:_CLIP]} [{where}]",
         request_id=request_id,
-        code=_word(details.get("code")),
-        type=_word(details.get("type")),
-        body=text[:_CLIP],
+        code=details.get("code"),
+        type=details.get("type"),
+        body=text,
         retry_after=_retry_after(headers, message),
     )
+
+
+def _understood(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
+    """Return a body as text, clipped, and what it says of an error, both without the key."""
+    text = _shown(body.decode("utf-8", "replace"), secret)
+    details = _error_in(_loaded(text))
+    return text[:_CLIP], {name: _word(details.get(name), secret) for name in ("message", "code", "type")}
+
+
+def _shown(text: str, secret: SecretStr | None) -> str:
+    key = secret.get_secret_value() if secret else ""
+    # The key as it is, and as JSON may write it.
+    for quoted in {key, json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/")} - {""}:
+        text = text.replace(quoted, "***")
+    return text
+
+
+def _word(value: Any, secret: SecretStr | None) -> str | None:
+    """Return what a server says in a field as text that can be printed; None where it says nothing."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value in {"", "None"}:
+        return None
+    return _shown(_repaired(str(value)), secret)
 
 
 def _loaded(text: str) -> Any:
@@ -168,7 +189,7 @@ def _error_in(reply: Any) -> dict[str, Any]:
         return {}
     for error in (reply.get("error"), reply.get("detail"), reply.get("message")):
         if isinstance(error, dict):
-            message = error.get("message") or error.get("error") or json.dumps(error)
+            message = error.get("message") or error.get("error") or (json.dumps(error) if error else "")
             return {**error, "message": message if isinstance(message, str) else json.dumps(message)}
         if isinstance(error, str) and error:
             return {"type": reply.get("type"), "code": reply.get("code"), "message": error}
@@ -185,20 +206,11 @@ def _validation_line(line: Any) -> str:
     return json.dumps(line)
 
 
-def _shown(body: bytes | bytearray, secret: SecretStr | None) -> str:
-    text = body.decode("utf-8", "replace")
-    return text.replace(secret.get_secret_value(), "***") if secret else text
-
-
 def _plain(text: str) -> str:
     """Return a body that is no JSON in a line: without tags, and clipped."""
     if "<" in text[:100]:
         text = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", text[:20_000])
     return " ".join(text.split())[:200]
-
-
-def _word(value: Any) -> str | None:
-    return str(value) if isinstance(value, str | int) and value not in {"", "None"} else None
 
 
 def _dig(value: Any, *names: str) -> Any:
@@ -219,9 +231,10 @@ def _retry_after(headers: Mapping[str, str], message: str) -> float | None:
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
     if (found := _RESETS_AT.search(message)) and "Limit type: max_parallel_requests" not in message:
-        waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
+        with suppress(ValueError):
+            waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
-        waits.append(float(found[1]))
+        waits.append(_number(found[1]))
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
@@ -236,6 +249,6 @@ def _number(text: str, unit: float = 1.0) -> float | None:
 def _date(text: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return date if date.tzinfo else date.replace(tzinfo=UTC)

@@ -1,0 +1,77 @@
+"""Every entry point of the package in both modes, called alike."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+
+from regolo_rerank import RegoloClient
+from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
+from tests.conftest import KEY
+from tests.stub import pairs
+
+Reranker = RegoloClient | LangChainRerank | LlamaIndexRerank
+Pairs = list[tuple[int, float]]
+
+KINDS: dict[str, type[Reranker]] = {
+    "core": RegoloClient,
+    "langchain": LangChainRerank,
+    "llama_index": LlamaIndexRerank,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry point to a server, called in one mode."""
+
+    kind: type[Reranker]
+    mode: str
+    url: str
+
+    def opened(self, **options: Any) -> Reranker:
+        """Return the entry point's object; all results are kept unless `top_n` says otherwise."""
+        return self.kind(**{"api_key": KEY, "base_url": self.url, "top_n": None, **options})
+
+    def rank(self, reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
+        """Rank texts with an object that is open."""
+        return _rank(reranker, texts, query) if self.mode == "sync" else asyncio.run(_arank(reranker, texts, query))
+
+    def __call__(self, texts: Sequence[str], query: str = "q", **options: Any) -> Pairs:
+        with self.opened(**options) as reranker:
+            return self.rank(reranker, texts, query)
+
+
+def _rank(reranker: Reranker, texts: Sequence[str], query: str) -> Pairs:
+    if isinstance(reranker, RegoloClient):
+        return pairs(reranker.rerank(query, texts).results)
+    if isinstance(reranker, LangChainRerank):
+        return _pairs_of_documents(reranker.compress_documents(_documents(texts), query))
+    return _pairs_of_nodes(reranker.postprocess_nodes(_nodes(texts), query_str=query))
+
+
+async def _arank(reranker: Reranker, texts: Sequence[str], query: str) -> Pairs:
+    if isinstance(reranker, RegoloClient):
+        return pairs((await reranker.arerank(query, texts)).results)
+    if isinstance(reranker, LangChainRerank):
+        return _pairs_of_documents(await reranker.acompress_documents(_documents(texts), query))
+    return _pairs_of_nodes(await reranker.apostprocess_nodes(_nodes(texts), query_str=query))
+
+
+def _documents(texts: Sequence[str]) -> list[Document]:
+    return [Document(text, id=f"id-{index}", metadata={"index": index}) for index, text in enumerate(texts)]
+
+
+def _pairs_of_documents(documents: Sequence[Document]) -> Pairs:
+    return [(document.metadata["index"], document.metadata["relevance_score"]) for document in documents]
+
+
+def _nodes(texts: Sequence[str]) -> list[NodeWithScore]:
+    return [NodeWithScore(node=TextNode(text=text, id_=str(index)), score=0.5) for index, text in enumerate(texts)]
+
+
+def _pairs_of_nodes(nodes: Sequence[NodeWithScore]) -> Pairs:
+    return [(int(node.node_id), node.get_score(raise_error=True)) for node in nodes]
