@@ -4,21 +4,13 @@ import warnings
 from typing import Literal, TypeVar
 
 from regolo_rerank.client import Reranker
-from regolo_rerank.errors import (
-    APIConnectionError,
-    APIResponseError,
-    RateLimitError,
-    RerankFallbackWarning,
-    ServerError,
-)
+from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
+from regolo_rerank.retry import is_passing
 
-__all__ = ["SERVICE_FAILURES", "AdapterOptions"]
+__all__ = ["AdapterOptions"]
 
 T = TypeVar("T")
-
-SERVICE_FAILURES = (APIConnectionError, APIResponseError, RateLimitError, ServerError)
-"""What `on_error="return_input"` covers: the service's failures, and none of the caller's mistakes."""
 
 
 class AdapterOptions(Reranker):
@@ -28,18 +20,19 @@ class AdapterOptions(Reranker):
     """Documents kept, the best first; None keeps all."""
 
     on_error: Literal["raise", "return_input"] = "raise"
-    """What happens when the service fails: "return_input" gives the first `top_n` documents in their own order,
-    without a score and with a `RerankFallbackWarning`. A wrong key and bad input raise in any case."""
+    """What happens when the service fails (no connection, a timeout, 408, 429, 5xx, an untrustworthy reply):
+    "return_input" gives the first `top_n` documents in their own order, without a score and with a
+    `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
 
-    def _fall_back(self, error: Exception, candidates: list[T]) -> list[T]:
+    def _fall_back(self, error: RegoloError, candidates: list[T]) -> list[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
-        if self.on_error == "raise":
+        if self.on_error == "raise" or not is_passing(error):
             raise error
         kept = candidates[: self.top_n]
         warnings.warn(
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
             f"order: {type(error).__name__}: {error}",
             RerankFallbackWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
         return kept

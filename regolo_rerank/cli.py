@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), 1)
     except OSError as error:
         # What is still buffered would fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
     except KeyboardInterrupt:
         return 130
@@ -162,7 +163,7 @@ def _parsers() -> tuple[_Parser, _Parser]:
     demo = commands.add_parser(
         "demo",
         help="see what reranking changes, on the documentation of Python's standard library",
-        description="Rerank what a keyword search finds in Python's own documentation, by LangChain and by LlamaIndex.",
+        description="Rerank what a keyword search finds in Python's documentation,\nby LangChain and by LlamaIndex.",
     )
     demo.set_defaults(run=_demo)
     return parser, rank

@@ -1,7 +1,7 @@
 """LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
     from langchain_core import __version__ as langchain_version
@@ -12,10 +12,10 @@ try:
 except ImportError as error:
     raise ImportError('regolo_rerank.langchain needs LangChain: pip install "regolo_rerank[langchain]"') from error
 
-from pydantic import model_validator
+from pydantic import SecretStr, model_validator
 
-from regolo_rerank.adapter import SERVICE_FAILURES, AdapterOptions
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.adapter import AdapterOptions
+from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.ranking import RerankResponse, checked_documents
 
 __all__ = ["RegoloRerank"]
@@ -57,6 +57,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     metadata_fields: tuple[str, ...] = ()
     """Metadata keys that are put in front of the text as `key: value` lines for scoring, where a document has them."""
+
+    if TYPE_CHECKING:  # an argument only, which becomes api_key
+        regolo_api_key: SecretStr | str | None = None
 
     framework: ClassVar[str] = f"langchain-core/{langchain_version}"
 
@@ -178,14 +181,14 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     def _compress(self, documents: list[Document], query: str) -> list[Document]:
         try:
             response = self._rank(query, self._texts(documents))
-        except SERVICE_FAILURES as error:
+        except RegoloError as error:
             return self._fall_back(error, documents)
         return _scored(documents, response)
 
     async def _acompress(self, documents: list[Document], query: str) -> list[Document]:
         try:
             response = await self._arank(query, self._texts(documents))
-        except SERVICE_FAILURES as error:
+        except RegoloError as error:
             return self._fall_back(error, documents)
         return _scored(documents, response)
 

@@ -17,8 +17,8 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank.adapter import SERVICE_FAILURES, AdapterOptions
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.adapter import AdapterOptions
+from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.ranking import RerankResponse, checked_documents
 
 __all__ = ["RegoloRerank"]
@@ -75,7 +75,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as run:
             try:
                 response = self._rank(run.query, self._texts(run.nodes))
-            except SERVICE_FAILURES as error:
+            except RegoloError as error:
                 run.kept = self._fall_back(error, run.nodes)
             else:
                 run.kept = self._scored(run.nodes, response)
@@ -88,7 +88,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         with self._reported(nodes, query_bundle) as run:
             try:
                 response = await self._arank(run.query, self._texts(run.nodes))
-            except SERVICE_FAILURES as error:
+            except RegoloError as error:
                 run.kept = self._fall_back(error, run.nodes)
             else:
                 run.kept = self._scored(run.nodes, response)
@@ -136,10 +136,14 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             update={
                 "metadata": {**node.metadata, _RETRIEVAL_SCORE: candidate.score},
                 # The text that the LLM sees stays the same.
-                "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, _RETRIEVAL_SCORE],
-                "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, _RETRIEVAL_SCORE],
+                "excluded_embed_metadata_keys": _with_score(node.excluded_embed_metadata_keys),
+                "excluded_llm_metadata_keys": _with_score(node.excluded_llm_metadata_keys),
             }
         )
+
+
+def _with_score(keys: list[str]) -> list[str]:
+    return [*dict.fromkeys([*keys, _RETRIEVAL_SCORE])]
 
 
 @dataclass(slots=True)

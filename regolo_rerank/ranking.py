@@ -96,7 +96,8 @@ def checked_documents(documents: Iterable[T], *kinds: type, name: str = "documen
         InvalidInputError: It is a single document, has no order to take indices from, or holds something else.
     """
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    if isinstance(documents, str | bytes | Mapping | AbstractSet) or not isinstance(documents, Iterable):
+    alone = (str, bytes, Mapping, AbstractSet, *kinds)
+    if isinstance(documents, alone) or not isinstance(documents, Iterable):
         raise InvalidInputError(f"{name}: must be a list of {wanted}, got {type(documents).__name__}")
     listed = list(documents)
     for index, document in enumerate(listed):

@@ -101,11 +101,14 @@ class Patience:
         self._max_retry_seconds = options.max_retry_seconds
         self._gate = gate
         self._first_sent: float | None = None
+        self._held = False
         self.sent = 0
 
     def before_sending(self) -> None:
         """Count a request that is about to be sent, or raise the refusal that it would meet."""
+        self._held = True
         self._gate.check()
+        self._held = False
         self._first_sent = self._first_sent or time.monotonic()
         self.sent += 1
 
@@ -139,7 +142,7 @@ class Patience:
 
     def _before_sleep(self, state: "RetryCallState") -> None:
         error = _error_of(state)
-        if isinstance(error, RateLimitError) and not is_crowded(error):
+        if isinstance(error, RateLimitError) and not is_crowded(error) and not self._held:
             self._gate.close_for(state.upcoming_sleep, error)
         _log.warning(
             "attempt %d failed, next in %.2f s: %s: %s",

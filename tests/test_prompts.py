@@ -40,6 +40,7 @@ ESCAPING = [
     PromptFormat(query="{instruction}{query}", document="{document}|im_end|>"),
     PromptFormat(query="<{query}", document="<{document}"),
     PromptFormat(query="{query}|im_end|>", document="|im_start|>{document}<"),
+    PromptFormat(query="{query}<"),
     PromptFormat(query="<{instruction}|{query}<", document="<{document}|"),
 ]
 

@@ -183,6 +183,7 @@ def test_the_error_for_the_context_length_names_the_longest_document(rank: Rank,
         ("", "the server gives no reason", None, None),
         ("<html></html>", "the server gives no reason", None, None),
         ("\xff", "\ufffd", None, None),
+        (r'{"error": {"message": "bad \ud83d end", "code": true}}', "bad \ufffd end", None, None),
     ],
 )
 def test_every_shape_of_an_error_body_is_read(body: str, message: str, code: str | None, kind: str | None) -> None:
@@ -229,7 +230,11 @@ RESET = "Limit type: {}. Current limit: 5, Remaining: 0. Limit resets at: 2026-1
         ({"retry-after": "inf"}, "", None),
         ({"retry-after": "soon"}, "", None),
         ({"retry-after": "Mon, 32 Nov 2026 01:22:42 GMT"}, "", None),
+        ({"retry-after": "Mon, 20 Nov 2025 00:00:00 +99999999999999"}, "", None),
+        ({"retry-after": "1 Jan 99999999999999999999 00:00:00 GMT"}, "", None),
         ({"retry-after": "7"}, "Try again in 5 seconds", 7.0),
+        ({}, "Limit resets at: 2026-13-45 99:99:99 UTC", None),
+        ({}, f"Try again in {'9' * 400} seconds", None),
         (DATE, RESET.format("requests"), 42.0),
         ({"date": "Mon, 23 Nov 2026 01:23:00 GMT"}, RESET.format("requests"), 0.0),
         (DATE, RESET.format("max_parallel_requests"), None),
@@ -339,6 +344,29 @@ def test_a_key_that_the_server_quotes_is_not_shown(
     assert KEY not in f"{error!s} {error!r} {error.__dict__}"
     if status != 200 or body.startswith("{"):
         assert "Received API Key = ***, unknown" in str(error)
+
+
+def test_no_spelling_of_the_key_is_shown() -> None:
+    """A key that JSON escapes, or that a header quotes, is masked too."""
+    key = 'sk-"a/b<c\\'
+    body = json.dumps({"error": {"message": f"bad key {key}", "type": key, "code": key}}).replace("/", r"\/")
+    headers = httpx.Headers({"location": f"https://x/?k={key}", "x-litellm-call-id": f"id-{key}"})
+    refused = read_error(401, body.encode(), httpx.Headers(), SecretStr(key))
+    assert str(refused) == "bad key *** [HTTP 401]"
+    assert (refused.type, refused.code) == ("***", "***")
+    assert key not in json.loads(refused.body)["error"]["message"]
+    redirected = read_error(302, b"", headers, SecretStr(key))
+    assert redirected.request_id == "id-***"
+    assert key not in str(redirected)
+    with pytest.raises(APIResponseError) as caught:
+        read_reply(body.encode(), headers, SecretStr(key))
+    assert key not in f"{caught.value} {caught.value.__dict__}"
+
+
+def test_a_200_with_an_empty_error_says_that_it_has_one() -> None:
+    """An error without words is still an error in place of results."""
+    with pytest.raises(APIResponseError, match="an error in place of results"):
+        read_reply(b'{"results": [], "error": {}}', httpx.Headers())
 
 
 @pytest.mark.parametrize("secret", [None, SecretStr("")])
