@@ -281,7 +281,7 @@ def _clipped(line: str, width: int, ellipsis: str) -> str:
     ends = [0, *accumulate(map(_columns, line))]
     if ends[-1] <= width:
         return line
-    return line[: bisect_right(ends, max(width - len(ellipsis), 0)) - 1] + ellipsis
+    return line[: bisect_right(ends, width - len(ellipsis)) - 1] + ellipsis
 
 
 def _columns(character: str) -> int:

@@ -10,10 +10,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from queue import SimpleQueue
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
@@ -28,6 +29,7 @@ from regolo_rerank.errors import (
     APITimeoutError,
     BadRequestError,
     InvalidInputError,
+    RegoloError,
 )
 from regolo_rerank.local import SCORER_EXTENSION
 from regolo_rerank.options import Options
@@ -222,6 +224,19 @@ class _Call:
             ) from error
 
 
+@contextmanager
+def _forgetful_errors() -> Iterator[None]:
+    """Empty the frames behind an error: they hold replies, which may quote the key, and all of the documents."""
+    try:
+        yield
+    except RegoloError as error:
+        link: BaseException | None = error
+        while link is not None:
+            clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        raise
+
+
 class Reranker(Options):
     """What the client and both adapters are: options, connections, and one way to rank texts.
 
@@ -239,25 +254,22 @@ class Reranker(Options):
         """Return what requests call themselves: this package, its version and the framework."""
         return f"regolo_rerank/{__version__} {cls.framework}".rstrip()
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with some options changed, each of them checked, and with connections of its own."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied._pools = Pools()  # noqa: SLF001 - the copy is one of us
-        return copied
-
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        call = _Call(self, query, documents, arguments, callers_client=self.http_client, gate=self._pools.gate)
-        if call.plan.batches:
-            client = self.http_client or self._pools.client(call.endpoint)
-            _run(call.crew, functools.partial(_send, call, client))
-        return call.plan.response()
+        with _forgetful_errors():
+            call = _Call(self, query, documents, arguments, callers_client=self.http_client, gate=self._pools.gate)
+            if call.plan.batches:
+                pool = nullcontext(self.http_client) if self.http_client else self._pools.pool(call.endpoint)
+                _run(call.crew, pool, functools.partial(_send, call))
+            return call.plan.response()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        call = _Call(self, query, documents, arguments, callers_client=self.async_http_client, gate=self._pools.gate)
-        if call.plan.batches:
-            client = self.async_http_client or await self._pools.async_client(call.endpoint)
-            await _arun(call.crew, functools.partial(_asend, call, client))
-        return call.plan.response()
+        with _forgetful_errors():
+            client = self.async_http_client
+            call = _Call(self, query, documents, arguments, callers_client=client, gate=self._pools.gate)
+            if call.plan.batches:
+                client = client or await self._pools.async_client(call.endpoint)
+                await _arun(call.crew, functools.partial(_asend, call, client))
+            return call.plan.response()
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""
@@ -376,11 +388,16 @@ def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event
             raise _LeftError
         patience.before_sending()
         body, started = bytearray(), time.monotonic()
-        with call.errors(), client.stream(**call.request(batch)) as response, call.decoding(response, body):
-            for chunk in response.iter_bytes():
-                body += chunk
-                call.check(body, started)
-        call.learn(batch, response, body, patience.sent, started)
+        try:
+            with call.errors(), client.stream(**call.request(batch)) as response, call.decoding(response, body):
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    call.check(body, started)
+            call.learn(batch, response, body, patience.sent, started)
+        except RegoloError:
+            if stop.is_set():
+                raise _LeftError from None
+            raise
 
     stop.wait(call.gate.held_for())
     Retrying(sleep=sleep_using_event(stop), **patience.policy())(attempt)
@@ -406,15 +423,19 @@ async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
     await AsyncRetrying(sleep=asyncio.sleep, **patience.policy())(attempt)
 
 
-def _run(crew: _Crew, send: Callable[[range, threading.Event], None]) -> None:
+def _run(
+    crew: _Crew,
+    pool: AbstractContextManager[httpx.Client],
+    send: Callable[[httpx.Client, range, threading.Event], None],
+) -> None:
     """Send all batches, some at once; the first final failure stops those that have not started, and is raised."""
     stop = threading.Event()
     done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work() -> None:
-        with suppress(_LeftError):
+        with suppress(_LeftError), pool as client:
             while not stop.is_set() and (batch := crew.take()) is not None:
-                send(batch, stop)
+                send(client, batch, stop)
                 done.put(None)
 
     def work_for_the_caller() -> None:

@@ -99,7 +99,7 @@ def _docstring(name: str) -> str | None:
         return None
     try:
         return ast.get_docstring(ast.parse(spec.loader.get_data(spec.loader.path)))
-    except (OSError, SyntaxError, ValueError):
+    except SyntaxError:
         return None
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
 
 import httpx
 from pydantic import (
@@ -105,6 +105,14 @@ def _checked_key(value: object) -> SecretStr | None:
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
     return _secret(value)
+
+
+def _environment_key() -> SecretStr:
+    try:
+        return _secret(os.environ.get(API_KEY_VARIABLE, ""))
+    except ValueError as error:
+        problem = f"{API_KEY_VARIABLE}: {error}"
+    raise InvalidInputError(problem)
 
 
 def _dumped_key(key: SecretStr | None) -> str | None:
@@ -268,11 +276,14 @@ class Options(BaseModel):
             pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
         """
         copied = super().model_copy(deep=deep)
-        for name, value in (update or {}).items():
-            if name not in type(self).model_fields:
-                _refuse_unknown(type(self), name, value)
-            setattr(copied, name, value)
-        return copied
+        # Private attributes, such as connections, start anew.
+        copied.__pydantic_private__ = None
+        copied.model_post_init(None)
+        problem = _assigned(copied, update or {})
+        if problem is None:
+            return copied
+        del update
+        raise problem
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, callbacks."""
@@ -300,15 +311,12 @@ class Options(BaseModel):
             InvalidInputError: An argument is wrong, or options contradict each other.
         """
         settings = copy(self)
-        try:
-            for name, value in arguments.items():
-                if value is not None:
-                    setattr(settings, name, value)
-        except ValidationError as error:
-            problem = "; ".join(f"{_name_of(line['loc'])}: {line['msg']}" for line in error.errors())
-        else:
+        problem = _assigned(settings, {name: value for name, value in arguments.items() if value is not None})
+        if problem is None:
             return settings
-        raise InvalidInputError(problem)
+        raise InvalidInputError(
+            "; ".join(f"{'.'.join(map(str, line['loc']))}: {line['msg']}" for line in problem.errors())
+        )
 
     def endpoint(self) -> Endpoint:
         """Return where requests go.
@@ -341,13 +349,7 @@ class Options(BaseModel):
         """
         if endpoint.embedded:
             return None
-        if isinstance(self.api_key, SecretStr):
-            key = self.api_key
-        else:
-            try:
-                key = _secret(os.environ.get(API_KEY_VARIABLE, ""))
-            except ValueError as error:
-                raise InvalidInputError(f"{API_KEY_VARIABLE}: {error}") from None
+        key = self.api_key if isinstance(self.api_key, SecretStr) else _environment_key()
         if not key.get_secret_value():
             if endpoint.demands_key:
                 raise MissingAPIKeyError(
@@ -375,12 +377,22 @@ def _rebuilt(cls: type[Options], fields: dict[str, Any]) -> Options:
     return cls(**fields)
 
 
+def _assigned(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
+    """Set options, each of them checked; return what was wrong, without the frames that hold the values."""
+    try:
+        for name, value in values.items():
+            setattr(options, name, value)
+    except ValidationError as error:
+        return error.with_traceback(None)
+    return None
+
+
 def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     """Return the same error with the type of each refused value in words, and the value itself left out."""
     lines = []
     for line in error.errors(include_url=False, include_context=False):
         reason, value = line["msg"].removeprefix("Value error, "), line["input"]
-        if line["type"] == "extra_forbidden":
+        if line["type"] in {"extra_forbidden", "no_such_attribute"}:
             reason = _unknown(cls, str(line["loc"][-1]))
         shown = f" ({value!r})" if isinstance(value, int | float | None) else ""
         problem = PydanticCustomError(
@@ -392,21 +404,6 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 
-def _refuse_unknown(cls: type[BaseModel], name: str, value: object) -> NoReturn:
-    problem = PydanticCustomError(
-        "extra_forbidden",
-        "{reason}, got {kind}",
-        {"reason": _unknown(cls, name), "kind": type(value).__name__},
-    )
-    del value
-    line = InitErrorDetails(type=problem, loc=(name,), input=...)
-    raise ValidationError.from_exception_data(cls.__name__, [line], hide_input=True)
-
-
 def _unknown(cls: type[BaseModel], name: str) -> str:
     close = difflib.get_close_matches(name, cls.model_fields, n=1)
     return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"
-
-
-def _name_of(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc)

@@ -11,6 +11,7 @@ import ssl
 import threading
 import weakref
 from collections.abc import AsyncGenerator
+from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
 import httpcore
@@ -81,7 +82,7 @@ class Pools:
     def _start(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._clients: dict[Route, httpx.Client] = {}
+        self._clients: dict[Route, _Pool] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
         self.gate = Gate()
         # Nobody is told when a client is forgotten; its sockets must close without a warning.
@@ -97,13 +98,13 @@ class Pools:
         """Give a copied client connections of its own."""
         return type(self)()
 
-    def client(self, endpoint: Endpoint) -> httpx.Client:
-        """Return the pool for sync calls."""
+    def pool(self, endpoint: Endpoint) -> "_Pool":
+        """Return the pool for sync calls, to be entered by each thread that uses it."""
         self._forked()
         route = _route(endpoint)
         with self._lock:
             if route not in self._clients:
-                self._clients[route] = _opened(httpx.Client, route)
+                self._clients[route] = _Pool(_opened(httpx.Client, route))
             return self._clients[route]
 
     async def async_client(self, endpoint: Endpoint) -> httpx.AsyncClient:
@@ -132,6 +133,41 @@ class Pools:
         self.close()
         if pools := self._loops.get(asyncio.get_running_loop()):
             await pools.stop()
+
+
+class _Pool:
+    """The pool for sync calls: it closes when nobody uses it any more.
+
+    A thread whose call has failed elsewhere may still be waiting for its reply, long after the call.
+    """
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+        self._users = 0
+        self._closing = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> httpx.Client:
+        with self._lock:
+            self._users += 1
+        return self._client
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._users -= 1
+        self._close_if_idle()
+
+    def close(self) -> None:
+        self._closing = True
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        with self._lock:
+            idle = self._closing and not self._users
+        if idle:
+            self._client.close()
 
 
 class _LoopPools:
@@ -172,7 +208,7 @@ async def _guarded(
             await client.aclose()
 
 
-def _close(clients: dict[Route, httpx.Client], pid: int) -> None:
+def _close(clients: "dict[Route, _Pool]", pid: int) -> None:
     if pid == os.getpid():
         for client in clients.values():
             client.close()

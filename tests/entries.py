@@ -38,40 +38,46 @@ class Entry:
 
     def rank(self, reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
         """Rank texts with an object that is open."""
-        return _rank(reranker, texts, query) if self.mode == "sync" else asyncio.run(_arank(reranker, texts, query))
+        return ranked(reranker, texts, query) if self.mode == "sync" else asyncio.run(aranked(reranker, texts, query))
 
     def __call__(self, texts: Sequence[str], query: str = "q", **options: Any) -> Pairs:
         with self.opened(**options) as reranker:
             return self.rank(reranker, texts, query)
 
 
-def _rank(reranker: Reranker, texts: Sequence[str], query: str) -> Pairs:
+def ranked(reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
+    """Rank texts through an entry point's sync method."""
     if isinstance(reranker, RegoloClient):
         return pairs(reranker.rerank(query, texts).results)
     if isinstance(reranker, LangChainRerank):
-        return _pairs_of_documents(reranker.compress_documents(_documents(texts), query))
-    return _pairs_of_nodes(reranker.postprocess_nodes(_nodes(texts), query_str=query))
+        return pairs_of_documents(reranker.compress_documents(documents_of(texts), query))
+    return pairs_of_nodes(reranker.postprocess_nodes(nodes_of(texts), query_str=query))
 
 
-async def _arank(reranker: Reranker, texts: Sequence[str], query: str) -> Pairs:
+async def aranked(reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
+    """Rank texts through an entry point's async method."""
     if isinstance(reranker, RegoloClient):
         return pairs((await reranker.arerank(query, texts)).results)
     if isinstance(reranker, LangChainRerank):
-        return _pairs_of_documents(await reranker.acompress_documents(_documents(texts), query))
-    return _pairs_of_nodes(await reranker.apostprocess_nodes(_nodes(texts), query_str=query))
+        return pairs_of_documents(await reranker.acompress_documents(documents_of(texts), query))
+    return pairs_of_nodes(await reranker.apostprocess_nodes(nodes_of(texts), query_str=query))
 
 
-def _documents(texts: Sequence[str]) -> list[Document]:
+def documents_of(texts: Sequence[str]) -> list[Document]:
+    """Return texts as LangChain's documents."""
     return [Document(text, id=f"id-{index}", metadata={"index": index}) for index, text in enumerate(texts)]
 
 
-def _pairs_of_documents(documents: Sequence[Document]) -> Pairs:
+def pairs_of_documents(documents: Sequence[Document]) -> Pairs:
+    """Return a ranking of `documents_of` texts as (index, score) pairs."""
     return [(document.metadata["index"], document.metadata["relevance_score"]) for document in documents]
 
 
-def _nodes(texts: Sequence[str]) -> list[NodeWithScore]:
+def nodes_of(texts: Sequence[str]) -> list[NodeWithScore]:
+    """Return texts as LlamaIndex's nodes."""
     return [NodeWithScore(node=TextNode(text=text, id_=str(index)), score=0.5) for index, text in enumerate(texts)]
 
 
-def _pairs_of_nodes(nodes: Sequence[NodeWithScore]) -> Pairs:
+def pairs_of_nodes(nodes: Sequence[NodeWithScore]) -> Pairs:
+    """Return a ranking of `nodes_of` texts as (index, score) pairs."""
     return [(int(node.node_id), node.get_score(raise_error=True)) for node in nodes]

@@ -75,8 +75,6 @@ def test_a_wrong_option_is_refused_by_name(how: str, options: dict[str, Any], me
         else:
             for name, value in options.items():
                 setattr(client, name, value)
-    if how == "assignment" and options.keys() <= {"apikey", "zork"}:
-        message = f"Object has no attribute '{next(iter(options))}', got str"
     assert caught.match(message)
     assert KEY not in f"{caught.value!r} {caught.value} {caught.value.errors()} {caught.value.json()}"
     assert client.model_dump() == RegoloClient().model_dump()
