@@ -44,7 +44,7 @@ TEXTS = ["a score=0.2", "b score=0.9", "c score=0.5"]
 RANKED = [(1, 0.9), (2, 0.5), (0, 0.2)]
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> type[Reranker]:
     """Every entry point."""
     chosen: type[Reranker] = request.param
