@@ -36,12 +36,13 @@ QUESTIONS: Final = (
     "How can I compare two lists of lines?",
     "How can I write a small network server?",
     "How can I time some code?",
-    "How can I get the mean of some numbers?",
+    "How can I compute statistics such as the median?",
 )
 
 _CANDIDATES: Final = 10
 _KEPT: Final = 3
-_WIDTH: Final = 100
+_WIDTHS: Final = 80, 100
+"""Columns of the output at least and at most."""
 
 Search = Callable[[str], dict[str, str]]
 """From a question to the texts of its candidates, by module, the best first."""
@@ -59,7 +60,7 @@ def report() -> Iterator[str]:
     by_llama_index = llama_index.RegoloRerank(top_n=_KEPT, **settings)
     endpoint = by_langchain.endpoint()
     if endpoint.embedded:
-        yield "Embedded lexical scorer (base_url local://): it compares words, not meanings."
+        yield "Using the embedded lexical scorer (base_url local://): it compares words, not meanings."
         yield f"For the model's judgement, set {API_KEY_VARIABLE}."
     else:
         yield f"Reranking with {by_langchain.model} at {endpoint.url.host}."
@@ -115,7 +116,7 @@ def keyword_search(question: str, documents: dict[str, str]) -> dict[str, str]:
     """
     words = {name: _words(text) for name, text in documents.items()}
     scores = dict.fromkeys(documents, 0.0)
-    for word in _words(question):
+    for word in sorted(_words(question)):
         holders = [name for name in documents if word in words[name]]
         for name in holders:
             scores[name] += math.log(1 + len(documents) / len(holders))
@@ -123,8 +124,8 @@ def keyword_search(question: str, documents: dict[str, str]) -> dict[str, str]:
     return {name: documents[name] for name in best[:_CANDIDATES]}
 
 
-def _words(text: str) -> list[str]:
-    return sorted(set(re.findall(r"\w{4,}", text.lower())))
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w{4,}", text.lower()))
 
 
 class _LangChainKeywords(LangChainRetriever):
@@ -171,4 +172,5 @@ def _ranked(framework: str, candidates: dict[str, str], ranking: list[tuple[str,
 
 
 def _width() -> int:
-    return min(_WIDTH, shutil.get_terminal_size().columns)
+    narrowest, widest = _WIDTHS
+    return max(narrowest, min(widest, shutil.get_terminal_size().columns))

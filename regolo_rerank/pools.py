@@ -56,9 +56,9 @@ def _settings(route: Route) -> dict[str, Any]:
 def _opened(kind: type[C], route: Route) -> C:
     try:
         return kind(**_settings(route))
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        msg = f"the environment's proxy cannot be used: {error}"
-    raise APIConnectionError(msg)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        problem = f"the environment's proxies or certificates cannot be used: {error}"
+    raise APIConnectionError(problem)
 
 
 def is_proxied(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> bool:

@@ -22,6 +22,7 @@ from regolo_rerank import (
     RegoloError,
     RerankResponse,
     ServerError,
+    pools,
 )
 from regolo_rerank import (
     client as client_module,
@@ -349,10 +350,17 @@ def test_other_hosts_are_reached_through_the_environments_proxy(
     assert stub.received[0].path == "http://rerank.invalid/v1/rerank"
 
 
-def test_a_proxy_that_cannot_be_used_is_an_error_of_ours(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A malformed proxy in the environment is named, and nothing is retried."""
-    monkeypatch.setenv("HTTPS_PROXY", "nonsense://x")
-    with pytest.raises(APIConnectionError, match="proxy cannot be used"):
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HTTPS_PROXY", "nonsense://x"), ("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_FILE", __file__)],
+)
+def test_an_environment_that_cannot_be_used_is_an_error_of_ours(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """A malformed proxy or certificate in the environment is named, and nothing is retried."""
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(pools, "_ssl_context", pools._ssl_context.__wrapped__)
+    with pytest.raises(APIConnectionError, match="proxies or certificates cannot be used"):
         rank(RegoloClient(KEY), "q", ["a"])
 
 
