@@ -60,7 +60,7 @@ def report() -> Iterator[str]:
     by_llama_index = llama_index.RegoloRerank(top_n=_KEPT, **settings)
     endpoint = by_langchain.endpoint()
     if endpoint.embedded:
-        yield "Using the embedded lexical scorer (base_url local://): it compares words, not meanings."
+        yield "Using the embedded lexical scorer (local://): it compares words, not meanings."
         yield f"For the model's judgement, set {API_KEY_VARIABLE}."
     else:
         yield f"Reranking with {by_langchain.model} at {endpoint.url.host}."

@@ -73,7 +73,7 @@ def test_without_a_key_the_demo_scores_on_this_machine_and_says_so(
     assert main(["demo"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Using the embedded lexical scorer (base_url local://): it compares words, not meanings.\n")
+    assert out.startswith("Using the embedded lexical scorer (local://): it compares words, not meanings.\n")
     assert len(out.splitlines()) < 100
     assert max(map(len, out.splitlines())) <= max(80, min(width, 100))
     assert_ranked(out, documents, base_url="local://")
