@@ -5,6 +5,7 @@ inside a LangChain retriever and once inside a LlamaIndex query engine.
 """
 
 import ast
+import functools
 import math
 import os
 import re
@@ -85,6 +86,7 @@ def report() -> Iterator[str]:
         yield from _ranked("LlamaIndex", candidates, [(node.node_id, node.get_score()) for node in nodes])
 
 
+@functools.cache
 def standard_library() -> dict[str, str]:
     """Return "name: docstring" of each public module that has one, by name; no module is imported."""
     documents = {}

@@ -83,9 +83,9 @@ def endless(connection: socket.socket, _request: dict[str, Any]) -> None:
         connection.sendall(chunk)
 
 
-def bomb(connection: socket.socket, _request: dict[str, Any]) -> None:
-    """Send a small body that decompresses to a hundred mebibytes."""
-    connection.sendall(http(gzip.compress(b" " * 100 * 1024 * 1024, 1), content_encoding="gzip"))
+def bomb(mebibytes: int) -> Fault:
+    """Send a small body that decompresses to so many mebibytes."""
+    return sends(http(gzip.compress(b" " * mebibytes * 1024 * 1024, 1), content_encoding="gzip"))
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Fault:

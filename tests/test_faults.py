@@ -77,10 +77,10 @@ CASES: dict[str, Case] = {
     "reset in headers": Case(sends(HEAD[:30], then_reset=True), APIConnectionError),
     "closed in body": Case(sends(GOOD[:-20]), APIConnectionError),
     "reset in body": Case(sends(GOOD[:-20], then_reset=True), APIConnectionError),
-    "stalled before headers": Case(stalls(b"", 5), APITimeoutError, timeout=0.3),
-    "stalled in headers": Case(stalls(HEAD[:30], 5), APITimeoutError, timeout=0.3),
-    "stalled in body": Case(stalls(GOOD[:-20], 5), APITimeoutError, timeout=0.3),
-    "a byte at a time": Case(trickles(HEAD, BODY, 0.02), APITimeoutError, timeout=0.3),
+    "stalled before headers": Case(stalls(b"", 5), APITimeoutError, timeout=0.15),
+    "stalled in headers": Case(stalls(HEAD[:30], 5), APITimeoutError, timeout=0.15),
+    "stalled in body": Case(stalls(GOOD[:-20], 5), APITimeoutError, timeout=0.15),
+    "a byte at a time": Case(trickles(HEAD, BODY, 0.01), APITimeoutError, timeout=0.15),
     "no http": Case(sends(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), APIConnectionError),
     # the body
     "truncated": response(APIResponseError, BODY[:-20]),
@@ -91,7 +91,7 @@ CASES: dict[str, Case] = {
     "broken gzip": response(APIResponseError, b"\x1f\x8b broken", content_encoding="gzip"),
     "truncated gzip": response(APIResponseError, gzip.compress(BODY)[:-12], content_encoding="gzip"),
     "endless": Case(endless, APIResponseError),
-    "gzip bomb": Case(bomb, APIResponseError),
+    "gzip bomb": Case(bomb(8), APIResponseError),
     "content-length too long": response(APIConnectionError, BODY, content_length=str(len(BODY) + 9)),
     "content-length too short": response(APIResponseError, BODY, content_length=str(len(BODY) - 9)),
     "content-length no number": Case(
@@ -251,7 +251,7 @@ def test_nobody_listens(kind: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_64_mebibytes_are_the_limit(mode: str) -> None:
     """An endless reply is refused after 64 MiB, decompressed ones too, in bounded time."""
-    for fault in (endless, bomb):
+    for fault in (endless, bomb(100)):
         with (
             FaultServer(usual=fault) as server,
             bounded(10),
