@@ -12,7 +12,7 @@ import time
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from tenacity import retry_if_exception, wait_random_exponential
+from tenacity import retry_if_exception, wait_exponential, wait_random_exponential
 
 from regolo_rerank.errors import (
     APIConnectionError,
@@ -32,8 +32,8 @@ _log = logging.getLogger("regolo_rerank")
 
 _BACKOFF: Final = wait_random_exponential(multiplier=1.0, min=0.25, max=8.0)
 """Seconds, at random up to 1, 2, 4, 8, so that clients do not come back in step."""
-_WINDOW_BACKOFF: Final = wait_random_exponential(multiplier=2.0, exp_base=4, min=1.0, max=60.0)
-"""Seconds after a 429 that names no time, at random up to 2, 8, 32: the gateway's window is a minute long."""
+_WINDOW_BACKOFF: Final = wait_exponential(exp_base=5) + wait_random_exponential(exp_base=5)
+"""Seconds after a 429 that names no time, at random 1 to 2, 5 to 10, 25 to 50: the gateway's window is a minute."""
 _SPREAD: Final = 0.1
 """Seconds at random on top of a wait that the server named."""
 
@@ -73,23 +73,26 @@ class Gate:
         with self._lock:
             opens_at = time.monotonic() + seconds
             if opens_at > self._opens_at:
-                self._opens_at, self._refusal = opens_at, refusal
+                # A copy has no traceback, whose frames would keep a whole call.
+                self._opens_at, self._refusal = opens_at, copy(refusal)
 
     def held_for(self) -> float:
         """Return the seconds until requests may pass."""
         return max(0.0, self._opens_at - time.monotonic())
 
+    def refusal(self) -> RateLimitError | None:
+        """Return what the server said when it closed the gate, as long as the gate is closed."""
+        held = self.held_for()
+        if not held or self._refusal is None:
+            return None
+        refusal = copy(self._refusal)
+        refusal.retry_after = held
+        return refusal
+
     def took(self, seconds: float) -> None:
         """Learn how long a request took."""
-        self.seconds_a_request += (seconds - self.seconds_a_request) / (4 if self.seconds_a_request else 1)
-
-    def check(self) -> None:
-        """Raise what the server said when it closed the gate, as long as the gate is closed."""
-        held = self.held_for()
-        if held and self._refusal is not None:
-            refusal = copy(self._refusal)
-            refusal.retry_after = held
-            raise refusal
+        weight = 0.25 if self.seconds_a_request else 1.0
+        self.seconds_a_request += weight * (seconds - self.seconds_a_request)
 
 
 class Patience:
@@ -106,9 +109,10 @@ class Patience:
 
     def before_sending(self) -> None:
         """Count a request that is about to be sent, or raise the refusal that it would meet."""
-        self._held = True
-        self._gate.check()
-        self._held = False
+        refusal = self._gate.refusal()
+        self._held = refusal is not None
+        if refusal is not None:
+            raise refusal
         self._first_sent = self._first_sent or time.monotonic()
         self.sent += 1
 

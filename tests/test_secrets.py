@@ -17,7 +17,7 @@ from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index_instrumentation import get_dispatcher
 from pydantic import Field, SecretStr
 
-from regolo_rerank import RerankFallbackWarning, ServerError
+from regolo_rerank import RateLimitError, RerankFallbackWarning, ServerError
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
@@ -66,6 +66,12 @@ def test_the_key_is_nowhere_but_in_its_secret(kind: Any, mode: str, stub: Stub) 
         with pytest.raises(Exception, match=r"key \*\*\* has a problem") as caught:
             entry.rank(reranker, TEXTS)
         assert holders(vars(caught.value)) == []
+        # A refusal is kept for as long as it holds other requests back.
+        stub.always(Reply(QUOTING.body, 429, {"retry-after-ms": "50"}))
+        with pytest.raises(RateLimitError):
+            entry.rank(reranker, TEXTS)
+        assert reranker._pools.gate._refusal is not None
+        assert holders(reranker.__pydantic_private__) == []
         assert CANARY not in f"{reranker} {reranker!r} {caught.value} {caught.value!r}"
 
 
