@@ -150,7 +150,8 @@ def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]
-Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
+"""Eleven days at most: the clocks of sockets and threads end somewhere."""
 Text = Annotated[str, Field(strict=True), AfterValidator(_checked_text)]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from regolo_rerank.errors import APIResponseError, InvalidInputError
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PromptFormat
-from regolo_rerank.wire import Reply, encoded
+from regolo_rerank.wire import Reply, encoded, repaired
 
 __all__ = ["Plan", "RerankResponse", "RerankResult", "Usage", "checked_documents", "checked_query"]
 
@@ -210,7 +210,7 @@ class Plan:
         if len(scores) < asked:
             raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
         echoes = [(batch[result.index], result.echo) for result in reply.results if result.echo is not None]
-        if echoes and not any(_alike(echo, self._sent(slot)) for slot, echo in echoes):
+        if echoes and not any(_alike(echo, repaired(self._sent(slot))) for slot, echo in echoes):
             raise _untrusted("it echoes other documents than were sent", request_id)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)

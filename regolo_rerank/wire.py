@@ -18,7 +18,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = ["Reply", "Request", "Result", "encoded", "read_error", "read_reply", "request_id_of"]
+__all__ = ["Reply", "Request", "Result", "encoded", "read_error", "read_reply", "repaired", "request_id_of"]
 
 _CLIP: Final = 2_000
 
@@ -75,20 +75,21 @@ class Reply(BaseModel):
 
 
 def encoded(body: Any) -> bytes:
-    """Return JSON as bytes; a lone surrogate, which has no UTF-8, becomes U+FFFD."""
+    """Return JSON as bytes, whatever strings it holds."""
     try:
         return to_json(body)
     except PydanticSerializationError:
-        return to_json(_repaired(body))
+        return to_json(repaired(body))
 
 
-def _repaired(value: Any) -> Any:
+def repaired(value: Any) -> Any:
+    """Return JSON as UTF-8 can hold it: halves of a surrogate pair joined, single ones replaced by U+FFFD."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
-        return [_repaired(item) for item in value]
+        return [repaired(item) for item in value]
     if isinstance(value, dict):
-        return {key: _repaired(item) for key, item in value.items()}
+        return {key: repaired(item) for key, item in value.items()}
     return value
 
 
@@ -173,7 +174,7 @@ def _word(value: Any, secret: SecretStr | None) -> str | None:
     """Return what a server says in a field as text that can be printed; None where it says nothing."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value in {"", "None"}:
         return None
-    return _shown(_repaired(str(value)), secret)
+    return _shown(repaired(str(value)), secret)
 
 
 def _loaded(text: str) -> Any:

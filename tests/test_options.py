@@ -29,6 +29,7 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"max_concurrency": 0}, r"max_concurrency\n  .* got int"),
         ({"max_retries": -1}, r"max_retries\n  .* got int"),
         ({"max_retry_seconds": float("nan")}, r"max_retry_seconds\n  .* got float \(nan\)"),
+        ({"timeout": 1e10}, r"timeout\n  .* got float"),
         ({"timeout": 0}, r"timeout\n  .* got int \(0\)"),
         ({"timeout": None}, r"timeout\n  .* got NoneType \(None\)"),
         ({"timeout": float("inf")}, r"timeout\n  .* got float \(inf\)"),
