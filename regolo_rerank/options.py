@@ -137,7 +137,7 @@ def _checked_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"[\t -~]*")
+_HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
 
 
 def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -145,7 +145,7 @@ def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
         if name.lower() in {"authorization", "proxy-authorization"}:
             raise ValueError(f"must not hold {name}; a key goes into api_key")
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
-            raise ValueError("must be printable ASCII, names without spaces")
+            raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
     return headers
 
 

@@ -12,6 +12,7 @@ import time
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
+import httpx
 from tenacity import retry_if_exception, wait_exponential, wait_random_exponential
 
 from regolo_rerank.errors import (
@@ -41,8 +42,9 @@ _SPREAD: Final = 0.1
 def is_passing(error: BaseException) -> bool:
     """Return whether an error may pass by itself: no connection, a timeout, 408, 429, 5xx, or an odd 2xx."""
     if isinstance(error, APIConnectionError):
-        # A closed client, or one that belongs to another event loop, stays so.
-        return not isinstance(error.__cause__, RuntimeError)
+        # A closed client, or one of another event loop, stays so; and so does a request that cannot be sent at all.
+        lasting = (RuntimeError, httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
+        return not isinstance(error.__cause__, lasting)
     if isinstance(error, APIResponseError):
         return error.code in {None, "200", "408", "429"} or not error.code.startswith("4")
     if isinstance(error, APIStatusError) and error.type == "budget_exceeded":

@@ -510,6 +510,24 @@ def test_a_request_waiting_to_be_retried_is_given_up_with_its_call(stub: Stub) -
     assert len(stub.received) == 2
 
 
+def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub) -> None:
+    """A header of the caller's own http client that HTTP does not allow fails at once."""
+    illegal = {"x-mine": "a\nb"}
+    options: dict[str, Any] = {"api_key": KEY, "base_url": stub.url, "max_retries": 10**9}
+
+    def call() -> None:
+        with httpx.Client(headers=illegal) as mine:
+            RegoloClient(http_client=mine, **options).rerank("q", ["a"])
+
+    async def acall() -> None:
+        async with httpx.AsyncClient(headers=illegal) as mine:
+            await RegoloClient(async_http_client=mine, **options).arerank("q", ["a"])
+
+    with pytest.raises(APIConnectionError, match="Illegal header"):
+        call() if mode == "sync" else asyncio.run(acall())
+    assert not stub.received
+
+
 # --- time, size and connections ---------------------------------------------------------------------------------------
 
 

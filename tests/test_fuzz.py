@@ -470,7 +470,7 @@ LIMITS = st.fixed_dictionaries(
         "max_retry_seconds": st.floats(0, 1e6),
         "max_concurrency": st.integers(1, 10**20),
         "default_headers": st.dictionaries(
-            st.sampled_from(["x-tag", "accept", "user-agent"]), st.text("a ~\t", max_size=3)
+            st.sampled_from(["x-tag", "accept", "user-agent"]), st.text("a ~\t", max_size=3).map(str.strip)
         ),
         "extra_body": st.dictionaries(st.sampled_from(["user", "é"]), st.text(max_size=5) | st.integers(), max_size=2),
     },

@@ -56,6 +56,8 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"default_headers": {"Authorization": f"Bearer {KEY}"}}, r"default_headers\n  must not hold Authorization"),
         ({"default_headers": {"x y": "1"}}, r"default_headers\n  must be printable ASCII"),
         ({"default_headers": {"x": "a\nb"}}, r"default_headers\n  must be printable ASCII"),
+        ({"default_headers": {"x": " a"}}, r"default_headers\n  must be printable ASCII"),
+        ({"default_headers": {"x": "a\t"}}, r"default_headers\n  must be printable ASCII"),
         ({"extra_body": {"query": "q"}}, r"extra_body\n  must not hold query"),
         ({"extra_body": {"x": float("inf")}}, r"extra_body\n  must be plain JSON"),
         ({"scorer": 5}, r"scorer\n  .* got int"),
