@@ -155,7 +155,7 @@ class Patience:
             self.sent,
             state.upcoming_sleep,
             type(error).__name__,
-            error,
+            str(error),
         )
 
 
