@@ -395,7 +395,9 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
         reason, value = line["msg"].removeprefix("Value error, "), line["input"]
         if line["type"] in {"extra_forbidden", "no_such_attribute"}:
             reason = _unknown(cls, str(line["loc"][-1]))
-        shown = f" ({value!r})" if isinstance(value, int | float | None) else ""
+        # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
+        short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
+        shown = f" ({value!r})" if short else ""
         problem = PydanticCustomError(
             line["type"],
             "{reason}, got {kind}",
