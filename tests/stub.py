@@ -111,7 +111,7 @@ class Stub:
         return [request.documents for request in self.received]
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.001,), daemon=True).start()
         return self
 
     def __exit__(
