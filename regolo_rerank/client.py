@@ -132,9 +132,11 @@ class _Call:
             **(self.options.default_headers or {}),
         }
 
-    def patience(self, batch: range) -> Patience:
+    def patience(self, batch: range, *, follows_success: bool) -> Patience:
         """Return the patience of a batch's request, the same one whoever sends it."""
-        return self._patience.setdefault(batch, Patience(self.options, self.gate))
+        patience = self._patience.setdefault(batch, Patience(self.options, self.gate))
+        patience.follows_success = follows_success
+        return patience
 
     def request(self, batch: range) -> dict[str, Any]:
         """Return the arguments of a batch's request, for the `stream` of either httpx client."""
@@ -153,8 +155,10 @@ class _Call:
             arguments["extensions"] = {SCORER_EXTENSION: self.options.scorer}
         return arguments
 
-    def learn(self, batch: range, response: httpx.Response, body: bytearray, sent: int, started: float) -> None:
-        """Take in a complete reply to what was sent for the `sent`-th time, at `started` by the monotonic clock.
+    def learn(
+        self, batch: range, response: httpx.Response, body: bytearray, patience: Patience, started: float
+    ) -> None:
+        """Take in a complete reply to what was sent at `started` by the monotonic clock.
 
         Raises:
             APIStatusError: The server said no.
@@ -169,11 +173,11 @@ class _Call:
             request_id,
         )
         if response.is_success:
-            self.plan.learn(batch, read_reply(body, response.headers, self._key), request_id, sent)
+            self.plan.learn(batch, read_reply(body, response.headers, self._key), request_id, patience.sent)
             self.gate.took(time.monotonic() - started)
             return
         error = read_error(response.status_code, body, response.headers, self._key)
-        if is_crowded(error) and self.crew.hand_back(batch):
+        if is_crowded(error) and patience.too_many() and self.crew.hand_back(batch):
             raise _LeftError
         if isinstance(error, BadRequestError) and "context length" in str(error):
             index, length = self.plan.longest(batch)
@@ -379,9 +383,9 @@ class RegoloClient(Reranker):
         )
 
 
-def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event) -> None:
+def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event, *, follows_success: bool) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch)
+    patience = call.patience(batch, follows_success=follows_success)
 
     def attempt() -> None:
         if stop.is_set():
@@ -393,7 +397,7 @@ def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event
                 for chunk in response.iter_bytes():
                     body += chunk
                     call.check(body, started)
-            call.learn(batch, response, body, patience.sent, started)
+            call.learn(batch, response, body, patience, started)
         except RegoloError:
             if stop.is_set():
                 raise _LeftError from None
@@ -403,9 +407,9 @@ def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event
     Retrying(sleep=sleep_using_event(stop), **patience.policy())(attempt)
 
 
-async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
+async def _asend(call: _Call, client: httpx.AsyncClient, batch: range, *, follows_success: bool) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch)
+    patience = call.patience(batch, follows_success=follows_success)
 
     async def attempt() -> None:
         patience.before_sending()
@@ -416,7 +420,7 @@ async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
                     async for chunk in response.aiter_bytes():
                         body += chunk
                         call.check(body, started)
-        call.learn(batch, response, body, patience.sent, started)
+        call.learn(batch, response, body, patience, started)
 
     if held := call.gate.held_for():
         await asyncio.sleep(held)
@@ -426,16 +430,18 @@ async def _asend(call: _Call, client: httpx.AsyncClient, batch: range) -> None:
 def _run(
     crew: _Crew,
     pool: AbstractContextManager[httpx.Client],
-    send: Callable[[httpx.Client, range, threading.Event], None],
+    send: Callable[..., None],
 ) -> None:
     """Send all batches, some at once; the first final failure stops those that have not started, and is raised."""
     stop = threading.Event()
     done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work() -> None:
+        succeeded = False
         with suppress(_LeftError), pool as client:
             while not stop.is_set() and (batch := crew.take()) is not None:
-                send(client, batch, stop)
+                send(client, batch, stop, follows_success=succeeded)
+                succeeded = True
                 done.put(None)
 
     def work_for_the_caller() -> None:
@@ -459,13 +465,15 @@ def _run(
         stop.set()
 
 
-async def _arun(crew: _Crew, send: Callable[[range], Awaitable[None]]) -> None:
+async def _arun(crew: _Crew, send: Callable[..., Awaitable[None]]) -> None:
     """Do the same with tasks."""
 
     async def work() -> None:
+        succeeded = False
         with suppress(_LeftError):
             while (batch := crew.take()) is not None:
-                await send(batch)
+                await send(batch, follows_success=succeeded)
+                succeeded = True
 
     if crew.workers == 1:
         await work()

@@ -37,6 +37,8 @@ _WINDOW_BACKOFF: Final = wait_exponential(exp_base=5) + wait_random_exponential(
 """Seconds after a 429 that names no time, at random 1 to 2, 5 to 10, 25 to 50: the gateway's window is a minute."""
 _SPREAD: Final = 0.1
 """Seconds at random on top of a wait that the server named."""
+_SLOT_LAG: Final = 0.05
+"""Seconds after a reply in which LiteLLM may still count its request as one in flight (5 ms were seen)."""
 
 
 def is_passing(error: BaseException) -> bool:
@@ -98,7 +100,13 @@ class Gate:
 
 
 class Patience:
-    """How one request waits and tries again; its clock starts when it is first sent."""
+    """How one request waits and tries again; its clock starts when it is first sent.
+
+    Attributes:
+        sent: How often it was sent.
+        follows_success: Whether its sender's last request was good: then the request is not one too many, and a
+            refusal for too many in flight means that the service has not yet noticed the end of the last one.
+    """
 
     def __init__(self, options: Options, gate: Gate) -> None:
         # Not the options as a whole: tenacity's objects refer to themselves, and would keep all of a call alive.
@@ -108,6 +116,8 @@ class Patience:
         self._first_sent: float | None = None
         self._held = False
         self.sent = 0
+        self.follows_success = False
+        self._lags = False
 
     def before_sending(self) -> None:
         """Count a request that is about to be sent, or raise the refusal that it would meet."""
@@ -117,6 +127,11 @@ class Patience:
             raise refusal
         self._first_sent = self._first_sent or time.monotonic()
         self.sent += 1
+
+    def too_many(self) -> bool:
+        """Take a refusal for too many in flight; return whether the request is really one too many."""
+        self._lags, self.follows_success = self.follows_success, False
+        return not self._lags
 
     def policy(self) -> dict[str, Any]:
         """Return what tenacity's sync and async drivers both take."""
@@ -133,6 +148,8 @@ class Patience:
         wait = getattr(error, "retry_after", None)
         if wait is not None:
             wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
+        elif is_crowded(error) and self._lags:
+            wait = _SLOT_LAG
         elif is_crowded(error):
             wait = self._gate.seconds_a_request * 2 ** (state.attempt_number - 1) + _BACKOFF(state)
         elif isinstance(error, RateLimitError):

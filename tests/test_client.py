@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -474,6 +475,27 @@ def test_a_call_takes_fewer_requests_at_once_where_the_account_may_have_no_more(
     response = rank(client, "q", texts(20))
     assert [result.index for result in response.results] == list(range(19, -1, -1))
     assert len(stub.received) <= 24
+
+
+def test_a_slot_that_is_freed_late_does_not_slow_a_call_down(rank: Rank, stub: Stub) -> None:
+    """Where a service counts a request for a moment after its reply, a refusal costs that moment and no worker."""
+    delay, lag, lock = 0.1, 0.02, threading.Lock()
+    busy: list[float] = []
+
+    def four_at_once(request: Received) -> Reply:
+        with lock:
+            now = time.monotonic()
+            busy[:] = [until for until in busy if until > now]
+            if len(busy) == 4:
+                return error("Limit type: max_parallel_requests. Current limit: 4", 429, retry_after_ms=None)
+            busy.append(now + delay + lag)
+        return Reply(scored(request).body, delay=delay)
+
+    stub.reply = four_at_once
+    started = time.monotonic()
+    response = rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=4), "q", texts(32))
+    assert [result.index for result in response.results] == list(range(31, -1, -1))
+    assert time.monotonic() - started < 32 * delay / 2
 
 
 def test_the_last_request_waits_where_no_other_can_take_over(rank: Rank, client: RegoloClient, stub: Stub) -> None:
