@@ -11,6 +11,7 @@ import ssl
 import threading
 import weakref
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -204,8 +205,10 @@ async def _guarded(
     finally:
         if pools := owner():
             pools._loops.pop(loop, None)  # noqa: SLF001 - the guard is part of Pools, kept outside to hold it weakly
-        for client in clients.values():
-            await client.aclose()
+        with suppress(RuntimeError):  # a loop that was left open, as nest_asyncio's is, is gone when Python ends
+            asyncio.get_running_loop()
+            for client in clients.values():
+                await client.aclose()
 
 
 def _close(clients: "dict[Route, _Pool]", pid: int) -> None:

@@ -2,6 +2,8 @@ import asyncio
 import copy
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -186,3 +188,32 @@ def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
     for thread in workers:
         thread.join(2)
     client.close()
+
+
+NESTED = """
+import asyncio, sys
+import nest_asyncio
+nest_asyncio.apply()
+from regolo_rerank import RegoloClient
+
+client = RegoloClient(base_url=sys.argv[1], batch_size=1)
+
+async def cell():
+    call = lambda: client.arerank("q", ["a score=0.1", "b score=0.9"])
+    outer, inner = await call(), asyncio.get_running_loop().run_until_complete(call())
+    return [response.results[0].index for response in (outer, inner, asyncio.run(call()))]
+
+print(asyncio.run(cell()), asyncio.run(cell()))
+"""
+
+
+def test_a_notebooks_nested_loop(stub: Stub) -> None:
+    """Where nest_asyncio lets a loop run inside a loop, as LlamaIndex has it in notebooks, calls work in both."""
+    done = subprocess.run(  # noqa: S603 - our own interpreter, since nest_asyncio changes asyncio for a whole process
+        [sys.executable, "-c", NESTED, stub.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert (done.stdout, done.stderr) == ("[1, 1, 1] [1, 1, 1]\n", "")
