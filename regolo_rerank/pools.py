@@ -85,19 +85,25 @@ class Pools:
         self._lock = threading.Lock()
         self._clients: dict[Route, _Pool] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
-        self.gate = Gate()
+        self._gate = Gate()
         # Nobody is told when a client is forgotten; its sockets must close without a warning.
         weakref.finalize(self, _close, self._clients, self._pid)
         weakref.finalize(self, self._loops.clear).atexit = False
 
     def _forked(self) -> None:
         if self._pid != os.getpid():
-            _inherited.append((self._clients, self._loops))
+            _inherited.append((self._clients, dict(self._loops)))
             self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Give a copied client connections of its own."""
         return type(self)()
+
+    @property
+    def gate(self) -> Gate:
+        """The wait after a 429."""
+        self._forked()
+        return self._gate
 
     def pool(self, endpoint: Endpoint) -> "_Pool":
         """Return the pool for sync calls, to be entered by each thread that uses it."""
