@@ -439,7 +439,7 @@ def _run(
     def work() -> None:
         succeeded = False
         with suppress(_LeftError), pool as client:
-            while not stop.is_set() and (batch := crew.take()) is not None:
+            while (batch := crew.take()) is not None:
                 send(client, batch, stop, follows_success=succeeded)
                 succeeded = True
                 done.put(None)

@@ -550,6 +550,22 @@ def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub)
     assert not stub.received
 
 
+def test_a_failed_call_says_nothing_more(stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
+    """A thread whose request fails after its call has failed elsewhere ends without a word of further attempts."""
+
+    def reply(request: Received) -> Reply:
+        if "document 0" in request.documents[0]:
+            return Reply({"error": "down"}, 503, delay=0.2)
+        return Reply({"error": "wrong key"}, 401, delay=0.05)
+
+    stub.reply = reply
+    with pytest.raises(AuthenticationError):
+        RegoloClient(KEY, base_url=stub.url, batch_size=1).rerank("q", texts(2))
+    time.sleep(0.3)
+    assert len(stub.received) == 2
+    assert "attempt" not in caplog.text
+
+
 # --- time, size and connections ---------------------------------------------------------------------------------------
 
 

@@ -10,13 +10,14 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from regolo_rerank import APITimeoutError, RegoloClient
-from tests.conftest import KEY
+from tests.conftest import KEY, Rank
 from tests.stub import Reply, Stub, pairs, scored
 
 EXPECTED = [(1, 0.9), (0, 0.1)]
@@ -168,6 +169,19 @@ def test_a_forked_process_opens_its_own_connections(stub: Stub) -> None:
         assert stub.connections == 3
 
 
+def test_closing_waits_for_calls_in_other_threads(stub: Stub) -> None:
+    """A sync call that is under way when the client is closed comes to its end, and its connection closes after it."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
+    before = sockets()
+    client = RegoloClient(KEY, base_url=stub.url, max_retries=0)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(client.rerank, "q", DOCUMENTS)
+        time.sleep(0.1)
+        client.close()
+        assert pairs(call.result().results) == EXPECTED
+    assert sockets() <= before + 1  # the stub's end
+
+
 def test_a_deep_copy_has_connections_of_its_own(client: RegoloClient) -> None:
     """Closing a copy does not close the original's connections."""
     client.rerank("q", DOCUMENTS)
@@ -188,6 +202,21 @@ def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
     for thread in workers:
         thread.join(2)
     client.close()
+
+
+def test_every_request_runs_in_the_callers_context(rank: Rank) -> None:
+    """What a caller keeps in context variables, such as the current trace, is there for each of a call's requests."""
+    variable: ContextVar[str] = ContextVar("variable", default="lost")
+    seen: list[str] = []
+
+    def scorer(_query: str, documents: list[str]) -> list[float]:
+        seen.append(variable.get())
+        return [0.0] * len(documents)
+
+    token = variable.set("kept")
+    rank(RegoloClient(base_url="local://", scorer=scorer, batch_size=1), "q", ["a", "b", "c"])
+    variable.reset(token)
+    assert seen == ["kept"] * 3
 
 
 NESTED = """
