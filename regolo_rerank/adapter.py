@@ -1,5 +1,6 @@
 """What both adapters share besides the core: their default top_n, and what to do when the service fails."""
 
+import logging
 import warnings
 from typing import Literal, TypeVar
 
@@ -11,6 +12,8 @@ from regolo_rerank.retry import is_passing
 __all__ = ["AdapterOptions"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("regolo_rerank")
 
 
 class AdapterOptions(Reranker):
@@ -29,10 +32,11 @@ class AdapterOptions(Reranker):
         if self.on_error == "raise" or not is_passing(error):
             raise error
         kept = candidates[: self.top_n]
-        warnings.warn(
+        words = (
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
-            f"order: {type(error).__name__}: {error}",
-            RerankFallbackWarning,
-            stacklevel=2,
+            f"order: {type(error).__name__}: {error}"
         )
+        # Python shows a warning once; the log has each.
+        _log.warning(words)
+        warnings.warn(words, RerankFallbackWarning, stacklevel=2)
         return kept

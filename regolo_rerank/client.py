@@ -7,6 +7,7 @@ two thin drivers send it.
 import asyncio
 import functools
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from regolo_rerank.errors import (
     APITimeoutError,
     BadRequestError,
     InvalidInputError,
+    NotFoundError,
     RegoloError,
 )
 from regolo_rerank.local import SCORER_EXTENSION
@@ -106,9 +108,10 @@ class _Call:
         gate: Gate,
     ) -> None:
         self.options = reranker.for_call(**arguments)
-        self.timeout = self.options.timeout if callers_client is None else None
         self.gate = gate
         self.endpoint = self.options.endpoint()
+        # A caller's client has a timeout of its own, and a scorer on this machine takes the time it takes.
+        self.timeout = None if callers_client is not None or self.endpoint.embedded else self.options.timeout
         self.plan = Plan(
             checked_query(query),
             checked_documents(documents, str),
@@ -179,6 +182,8 @@ class _Call:
         error = read_error(response.status_code, body, response.headers, self._key)
         if is_crowded(error) and patience.too_many() and self.crew.hand_back(batch):
             raise _LeftError
+        if isinstance(error, NotFoundError):
+            error.args = (f"{error}; nothing to rerank with at {self.endpoint.url}: see base_url",)
         if isinstance(error, BadRequestError) and "context length" in str(error):
             index, length = self.plan.longest(batch)
             hint = f"the longest document sent is documents[{index}] with {length} characters"
@@ -231,13 +236,19 @@ class _Call:
 @contextmanager
 def _forgetful_errors() -> Iterator[None]:
     """Empty the frames behind an error: they hold replies, which may quote the key, and all of the documents."""
+    callers_own = sys.exception()
     try:
         yield
     except RegoloError as error:
-        link: BaseException | None = error
-        while link is not None:
+        todo: list[BaseException | None] = [error]
+        seen = {id(None), id(callers_own)}
+        while todo:
+            link = todo.pop()
+            if link is None or id(link) in seen:
+                continue
+            seen.add(id(link))
             clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
+            todo += [link.__cause__, link.__context__]
         raise
 
 
@@ -260,10 +271,11 @@ class Reranker(Options):
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
-            call = _Call(self, query, documents, arguments, callers_client=self.http_client, gate=self._pools.gate)
+            client = self.http_client
+            call = _Call(self, query, documents, arguments, callers_client=client, gate=self._pools.gate)
             if call.plan.batches:
-                pool = nullcontext(self.http_client) if self.http_client else self._pools.pool(call.endpoint)
-                _run(call.crew, pool, functools.partial(_send, call))
+                with nullcontext(nullcontext(client)) if client else self._pools.pool(call.endpoint) as pool:
+                    _run(call.crew, pool, functools.partial(_send, call))
             return call.plan.response()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
@@ -271,8 +283,8 @@ class Reranker(Options):
             client = self.async_http_client
             call = _Call(self, query, documents, arguments, callers_client=client, gate=self._pools.gate)
             if call.plan.batches:
-                client = client or await self._pools.async_client(call.endpoint)
-                await _arun(call.crew, functools.partial(_asend, call, client))
+                async with nullcontext(client) if client else self._pools.async_pool(call.endpoint) as opened:
+                    await _arun(call.crew, functools.partial(_asend, call, opened))
             return call.plan.response()
 
     def close(self) -> None:
@@ -453,16 +465,26 @@ def _run(
     if crew.workers == 1:
         work()
         return
-    for _ in range(crew.workers):
-        # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
-        context = copy_context()
-        threading.Thread(target=context.run, args=(work_for_the_caller,), daemon=True, name="regolo_rerank").start()
+    # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
+    threads = [
+        threading.Thread(target=copy_context().run, args=(work_for_the_caller,), daemon=True, name="regolo_rerank")
+        for _ in range(crew.workers)
+    ]
     try:
+        _start(threads)
         for _ in range(crew.batches):
             if failure := done.get():
                 raise failure
     finally:
         stop.set()
+
+
+def _start(threads: list[threading.Thread]) -> None:
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError as error:
+        raise APIConnectionError(f"no thread for a request: {error}; lower max_concurrency") from error
 
 
 async def _arun(crew: _Crew, send: Callable[..., Awaitable[None]]) -> None:
@@ -480,10 +502,11 @@ async def _arun(crew: _Crew, send: Callable[..., Awaitable[None]]) -> None:
         return
     try:
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(crew.workers):
-                tasks.create_task(work())
+            workers = [tasks.create_task(work()) for _ in range(crew.workers)]
     except ExceptionGroup as group:
-        failure = group.exceptions[0]
+        failure: BaseException = group.exceptions[0]
     else:
-        return
+        if not any(worker.cancelled() for worker in workers):
+            return
+        failure = asyncio.CancelledError()  # somebody has cancelled a worker, and its batch is unranked
     raise failure

@@ -99,6 +99,9 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
         if query_bundle is None:
             raise InvalidInputError("Missing query bundle in extra info.")
+        if not isinstance(query_bundle, QueryBundle):
+            kind = type(query_bundle).__name__
+            raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
         run = _Run(query_bundle.query_str, checked_documents(nodes, NodeWithScore, name="nodes"))
         top_n = len(run.nodes) if self.top_n is None else self.top_n
         _dispatcher.event(

@@ -5,6 +5,7 @@ tests; the scores of its lexical scorer say how many words a document shares wit
 """
 
 import asyncio
+import inspect
 import math
 import uuid
 from collections.abc import Sequence
@@ -73,6 +74,8 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
 
 
 def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]:
+    if inspect.iscoroutinefunction(scorer):
+        raise InvalidInputError("scorer: must be an ordinary function, not an async one")
     try:
         scores = [float(score) for score in scorer(query, documents)]
     except InvalidInputError:

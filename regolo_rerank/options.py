@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
 
 import httpx
@@ -28,7 +28,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
@@ -59,14 +59,16 @@ class Endpoint(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _endpoint(base_url: str) -> Endpoint:
     """Read a base URL, with or without `/rerank` and slashes at its end; raise ValueError for any other text."""
-    if base_url.rstrip("/") in {"local:", "local"}:
+    if base_url.rstrip("/") == "local:" and base_url.startswith("local://"):
         return Endpoint(httpx.URL("local://embedded/rerank"), embedded=True, loopback=True)
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
         raise ValueError(str(error)) from None
-    if url.scheme not in {"http", "https"} or not url.host:
+    if url.scheme not in {"http", "https"}:
         raise ValueError("must start with https://, http:// or be local://")
+    if not url.host or " " in url.host:
+        raise ValueError("must name a host")
     if url.userinfo or url.fragment:
         raise ValueError("must hold no user, password or fragment; a key goes into api_key")
     path = url.path.rstrip("/")
@@ -131,6 +133,7 @@ def _checked_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
         json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+        to_json(fields)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be plain JSON: {error}") from None
     return fields
@@ -203,7 +206,8 @@ class Options(BaseModel):
     """Results that score lower are dropped, after `top_n` has been chosen from all candidates."""
 
     timeout: Annotated[Seconds, Field(gt=0)] = 60.0
-    """Seconds for one attempt, from connecting to the last byte of the reply."""
+    """Seconds for one attempt, from connecting to the last byte of the reply. In a sync call it bounds each wait while
+    connecting, sending and reading headers, and the body as a whole."""
 
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
     """Further attempts after the first, for one request."""
@@ -312,7 +316,11 @@ class Options(BaseModel):
             InvalidInputError: An argument is wrong, or options contradict each other.
         """
         settings = copy(self)
-        problem = _assigned(settings, {name: value for name, value in arguments.items() if value is not None})
+        changes = {name: value for name, value in arguments.items() if value is not None}
+        if self.extra_body is not None:
+            # A dict can be changed in place, past every check, and while the call is under way.
+            changes["extra_body"] = deepcopy(changes.get("extra_body", self.extra_body))
+        problem = _assigned(settings, changes)
         if problem is None:
             return settings
         raise InvalidInputError(

@@ -10,8 +10,8 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -30,6 +30,8 @@ Route = Literal["embedded", "loopback", "remote"]
 C = TypeVar("C", httpx.Client, httpx.AsyncClient)
 
 _LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0)
+
+_fork_lock = threading.Lock()
 
 _inherited: list[object] = []
 """A parent process's connections: closing them here would speak over its conversations."""
@@ -81,19 +83,21 @@ class Pools:
         self._start()
 
     def _start(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._clients: dict[Route, _Pool] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
         self._gate = Gate()
         # Nobody is told when a client is forgotten; its sockets must close without a warning.
-        weakref.finalize(self, _close, self._clients, self._pid)
+        weakref.finalize(self, _close, self._clients, os.getpid())
         weakref.finalize(self, self._loops.clear).atexit = False
+        self._pid = os.getpid()  # last: from here on, other threads see all of it
 
     def _forked(self) -> None:
         if self._pid != os.getpid():
-            _inherited.append((self._clients, dict(self._loops)))
-            self._start()
+            with _fork_lock:
+                if self._pid != os.getpid():
+                    _inherited.append((self._clients, dict(self._loops)))
+                    self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Give a copied client connections of its own."""
@@ -105,41 +109,47 @@ class Pools:
         self._forked()
         return self._gate
 
-    def pool(self, endpoint: Endpoint) -> "_Pool":
-        """Return the pool for sync calls, to be entered by each thread that uses it."""
+    @contextmanager
+    def pool(self, endpoint: Endpoint) -> "Iterator[_Pool]":
+        """Give the pool for sync calls, to be entered by each thread that uses it."""
         self._forked()
         route = _route(endpoint)
-        with self._lock:
-            if route not in self._clients:
-                self._clients[route] = _Pool(_opened(httpx.Client, route))
-            return self._clients[route]
+        with ExitStack() as used:
+            with self._lock:
+                if route not in self._clients:
+                    self._clients[route] = _Pool(_opened(httpx.Client, route))
+                pool = self._clients[route]
+                used.enter_context(pool)
+            yield pool
 
-    async def async_client(self, endpoint: Endpoint) -> httpx.AsyncClient:
-        """Return the running event loop's pool."""
+    @asynccontextmanager
+    async def async_pool(self, endpoint: Endpoint) -> AsyncIterator[httpx.AsyncClient]:
+        """Give the running event loop's pool."""
         self._forked()
-        loop, route = asyncio.get_running_loop(), _route(endpoint)
+        loop = asyncio.get_running_loop()
         with self._lock:
             pools = self._loops.get(loop)
             if pools is None:
-                for other in [other for other in self._loops if other.is_closed()]:
-                    del self._loops[other]
+                for other in list(self._loops):
+                    if other.is_closed():
+                        self._loops.pop(other, None)
                 pools = self._loops[loop] = _LoopPools(self, loop)
-        await pools.start()
-        return pools.client(route)
+        async with pools:
+            yield pools.client(_route(endpoint))
 
     def close(self) -> None:
-        """Close the pool for sync calls."""
+        """Close the pool for sync calls, once the calls under way in other threads have ended."""
         self._forked()
         with self._lock:
-            clients = [self._clients.pop(route) for route in list(self._clients)]
-        for client in clients:
-            client.close()
+            pools = [self._clients.pop(route) for route in list(self._clients)]
+        for pool in pools:
+            pool.close()
 
     async def aclose(self) -> None:
-        """Close the running event loop's pool, and the one for sync calls."""
+        """Close the running event loop's pool, and the one for sync calls, once the calls under way have ended."""
         self.close()
-        if pools := self._loops.get(asyncio.get_running_loop()):
-            await pools.stop()
+        if pools := self._loops.pop(asyncio.get_running_loop(), None):
+            await pools.close()
 
 
 class _Pool:
@@ -188,19 +198,33 @@ class _LoopPools:
         self._clients: dict[Route, httpx.AsyncClient] = {}
         self._guard = _guarded(weakref.ref(owner), loop, self._clients)
         self._started = False
+        self._users = 0
+        self._closing = False
 
-    async def start(self) -> None:
+    async def __aenter__(self) -> None:
+        self._users += 1
         if not self._started:
             self._started = True
             await anext(self._guard)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._users -= 1
+        await self._close_if_idle()
 
     def client(self, route: Route) -> httpx.AsyncClient:
         if route not in self._clients:
             self._clients[route] = _opened(httpx.AsyncClient, route)
         return self._clients[route]
 
-    async def stop(self) -> None:
-        await self._guard.aclose()
+    async def close(self) -> None:
+        self._closing = True
+        await self._close_if_idle()
+
+    async def _close_if_idle(self) -> None:
+        if self._closing and not self._users:
+            await self._guard.aclose()
 
 
 async def _guarded(
@@ -215,6 +239,15 @@ async def _guarded(
             asyncio.get_running_loop()
             for client in clients.values():
                 await client.aclose()
+
+
+def _renew_fork_lock() -> None:
+    global _fork_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _fork_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_fork_lock)
 
 
 def _close(clients: "dict[Route, _Pool]", pid: int) -> None:

@@ -158,7 +158,7 @@ class Plan:
         body: dict[str, Any] = {"model": self._options.model, "query": self._query, "documents": documents}
         if self._options.top_n is not None and documents:
             body["top_n"] = min(self._options.top_n, len(documents))
-        return encoded(body | (self._options.extra_body or {}))
+        return encoded((self._options.extra_body or {}) | body)
 
     def _cut(self) -> list[range]:
         """Cut the texts into as few batches as the limits allow, even ones where that keeps within the bytes."""

@@ -145,6 +145,9 @@ class Patience:
 
     def _wait(self, state: "RetryCallState") -> float:
         error = _error_of(state)
+        # Waiting at the gate is no attempt.
+        state = copy(state)
+        state.attempt_number = max(self.sent, 1)
         wait = getattr(error, "retry_after", None)
         if wait is not None:
             wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
@@ -165,7 +168,9 @@ class Patience:
 
     def _before_sleep(self, state: "RetryCallState") -> None:
         error = _error_of(state)
-        if isinstance(error, RateLimitError) and not is_crowded(error) and not self._held:
+        if self._held:
+            return
+        if isinstance(error, RateLimitError) and not is_crowded(error):
             self._gate.close_for(state.upcoming_sleep, error)
         _log.warning(
             "attempt %d failed, next in %.2f s: %s: %s",

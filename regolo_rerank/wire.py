@@ -158,7 +158,10 @@ def read_error(
 def _understood(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
     """Return a body as text, clipped, and what it says of an error, both without the key."""
     text = _shown(body.decode("utf-8", "replace"), secret)
-    details = _error_in(_loaded(text))
+    try:
+        details = _error_in(json.loads(text))
+    except (ValueError, RecursionError):
+        details = {}
     return text[:_CLIP], {name: _word(details.get(name), secret) for name in ("message", "code", "type")}
 
 
@@ -175,13 +178,6 @@ def _word(value: Any, secret: SecretStr | None) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int) or value in {"", "None"}:
         return None
     return _shown(repaired(str(value)), secret)
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _error_in(reply: Any) -> dict[str, Any]:

@@ -131,6 +131,18 @@ def test_a_failure_of_the_service_can_give_the_input_back(
     assert len(warned) == 1
 
 
+def test_every_fallback_is_in_the_log(
+    rerank: Rerank, adapter: Adapter, stub: Stub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python shows equal warnings once; the log has one for each call."""
+    adapter.on_error = "return_input"
+    stub.always(error("down", 500))
+    for _ in range(3):
+        with pytest.warns(RerankFallbackWarning):
+            rerank(adapter, items_for(adapter, TEXTS))
+    assert caplog.text.count("reranking failed, so the first 3 of 3 documents") == 3
+
+
 def test_a_failure_of_the_service_can_give_all_of_the_input_back(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
     """Where all would be kept, all come back."""
     adapter.on_error, adapter.top_n = "return_input", None

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tenacity import Future, RetryCallState, Retrying
 
 from regolo_rerank import (
     APIConnectionError,
@@ -18,16 +19,19 @@ from regolo_rerank import (
     BadRequestError,
     InvalidInputError,
     MissingAPIKeyError,
+    NotFoundError,
     RateLimitError,
     RegoloClient,
     RegoloError,
     RerankResponse,
     ServerError,
     pools,
+    retry,
 )
 from regolo_rerank import (
     client as client_module,
 )
+from regolo_rerank.options import Options
 from tests.conftest import KEY, Rank
 from tests.stub import Received, Reply, Stub, error, pairs, results, score, scored
 
@@ -384,6 +388,13 @@ def test_a_lasting_error_is_not_retried(rank: Rank, client: RegoloClient, stub: 
         rank(client, "q", ["a"])
     assert caught.value.status_code == status
     assert len(stub.received) == 1
+
+
+def test_nothing_at_the_address_names_the_address(rank: Rank, client: RegoloClient, stub: Stub) -> None:
+    """A 404 says which URL was asked, and which option names it."""
+    stub.always(Reply({"detail": "Not Found"}, 404))
+    with pytest.raises(NotFoundError, match=rf"Not Found \[HTTP 404\]; .* {stub.url}/rerank: see base_url"):
+        rank(client, "q", ["a"])
 
 
 def test_a_spent_budget_is_not_retried(rank: Rank, client: RegoloClient, stub: Stub) -> None:
@@ -781,3 +792,100 @@ def test_every_error_is_one_of_ours(rank: Rank, client: RegoloClient, stub: Stub
         stub.always(Reply(body, status))
         with pytest.raises(RegoloError):
             rank(client, "q", ["a"])
+
+
+# --- what stays whole -------------------------------------------------------------------------------------------------
+
+
+def test_the_callers_own_exceptions_are_left_alone(rank: Rank) -> None:
+    """An error inside an `except` block forgets its own frames, not those of what the caller is handling."""
+
+    def fail() -> None:
+        precious = "kept"
+        problem = ValueError(precious)
+        raise problem from problem
+
+    client = RegoloClient(base_url="http://127.0.0.1:9", max_retries=0)
+    try:
+        fail()
+    except ValueError as handled:
+        with pytest.raises(APIConnectionError):
+            rank(client, "q", ["a"])
+        traceback = handled.__traceback__
+        assert traceback is not None
+        assert traceback.tb_next is not None
+        assert traceback.tb_next.tb_frame.f_locals["precious"] == "kept"
+
+
+def test_a_thread_that_cannot_start_is_an_error_of_ours(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has no more threads, nothing more is sent, and the error says what to lower."""
+    real, started = threading.Thread.start, itertools.count()
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "regolo_rerank" and next(started) == 2:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(APIConnectionError, match="can't start new thread; lower max_concurrency"):
+        RegoloClient(KEY, base_url=stub.url, batch_size=1).rerank("q", texts(20))
+    time.sleep(0.3)
+    assert len(stub.received) <= 2
+
+
+def test_closing_waits_for_async_calls_under_way(stub: Stub) -> None:
+    """A call that is under way when its client is closed comes to its end; the next one opens a new pool."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
+
+    async def main() -> list[RerankResponse]:
+        client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=1, max_retries=0)
+        call = asyncio.create_task(client.arerank("q", texts(2)))
+        await asyncio.sleep(0.1)
+        await client.aclose()
+        later = await client.arerank("q", texts(1))
+        first = await call
+        await client.aclose()
+        return [first, later]
+
+    assert [len(response.results) for response in asyncio.run(main())] == [2, 1]
+    assert stub.connections == 2
+
+
+def test_a_worker_that_somebody_cancels_cancels_the_call(stub: Stub) -> None:
+    """A call never comes back without one of its batches."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
+
+    async def main() -> None:
+        async with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+            before = asyncio.all_tasks()
+            call = asyncio.create_task(client.arerank("q", texts(3)))
+            await asyncio.sleep(0.1)
+            next(iter(asyncio.all_tasks() - before - {call})).cancel()
+            await call
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {"documents": ["x"]}])
+def test_an_extra_body_that_was_changed_in_place_is_checked_again(rank: Rank, stub: Stub, value: Any) -> None:
+    """What no check has seen is not sent, and never replaces the documents."""
+    client = RegoloClient(KEY, base_url=stub.url, extra_body={"x": 1})
+    assert client.extra_body is not None
+    client.extra_body.update(value if isinstance(value, dict) else {"x": value})
+    with pytest.raises(InvalidInputError, match="extra_body: must"):
+        rank(client, "q", ["a"])
+    assert not stub.received
+
+
+def test_waiting_at_the_gate_uses_up_no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was held back several times before it was sent waits as after a first refusal."""
+    patience = retry.Patience(Options(), retry.Gate())
+    patience.before_sending()
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = 5
+    state.outcome = Future(5)
+    state.outcome.set_exception(RateLimitError("Rate limit exceeded", status_code=429))
+    monkeypatch.setattr(retry, "_WINDOW_BACKOFF", lambda state: float(state.attempt_number))
+    assert patience.policy()["wait"](state) == 1.0

@@ -483,3 +483,18 @@ def test_callbacks_are_told_the_end_of_a_failed_call(rerank: Rerank, reranker: R
         rerank(reranker, candidates())
     ((_, end),) = handler.get_event_pairs(CBEventType.RERANKING)
     assert end.payload == {EventPayload.EXCEPTION: refused.value}
+
+
+def test_a_text_in_place_of_a_query_bundle_is_refused(mode: str) -> None:
+    """The error says where a text belongs."""
+    reranker, nodes = RegoloRerank(base_url="local://"), [NodeWithScore(node=TextNode(text="a"))]
+    wrong: Any = "q"
+
+    def call() -> None:
+        if mode == "sync":
+            reranker.postprocess_nodes(nodes, wrong)
+        else:
+            asyncio.run(reranker.apostprocess_nodes(nodes, wrong))
+
+    with pytest.raises(InvalidInputError, match="must be a QueryBundle, got str; pass a text as query_str"):
+        call()

@@ -74,6 +74,31 @@ def fails(_query: str, _documents: list[str]) -> Sequence[float]:
     raise KeyError("weights")
 
 
+async def is_async(_query: str, documents: list[str]) -> list[float]:
+    """Score as no scorer can."""
+    return [0.0] * len(documents)
+
+
+@pytest.mark.parametrize("option", [{"scorer": is_async}])
+def test_an_async_scorer_is_refused(rank: Rank, option: dict[str, Any]) -> None:
+    """A scorer that would only make coroutines is named."""
+    with pytest.raises(InvalidInputError, match="scorer: must be an ordinary function"):
+        rank(RegoloClient(base_url="local://", **option), QUERY, DOCUMENTS)
+
+
+def test_a_scorer_takes_the_time_it_takes(rank: Rank) -> None:
+    """`timeout` is for servers: a slow scorer is neither cut off nor called again."""
+    calls: list[str] = []
+
+    def slow(query: str, documents: list[str]) -> list[float]:
+        calls.append(query)
+        time.sleep(0.1)
+        return [0.0] * len(documents)
+
+    assert len(rank(RegoloClient(base_url="local://", scorer=slow, timeout=0.01), QUERY, DOCUMENTS).results) == 4
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [

@@ -1,4 +1,5 @@
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -43,7 +44,9 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"prompt_format": {"query": "x"}}, r"prompt_format.*\n  the query template must hold \{query\}"),
         ({"base_url": "ftp://host"}, r"base_url\n  must start with https://.* got str"),
         ({"base_url": "api.regolo.ai"}, r"base_url\n  must start with https://"),
-        ({"base_url": "https://"}, r"base_url\n  must start with https://"),
+        ({"base_url": "https://"}, r"base_url\n  must name a host"),
+        ({"base_url": "local"}, r"base_url\n  must start with https://"),
+        ({"base_url": "local:/"}, r"base_url\n  "),
         ({"base_url": "https://[::1"}, r"base_url\n  "),
         ({"base_url": "https://user:pass@host"}, r"base_url\n  must hold no user"),
         ({"base_url": 5}, r"base_url\n  .* got int"),
@@ -60,6 +63,7 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"default_headers": {"x": "a\t"}}, r"default_headers\n  must be printable ASCII"),
         ({"extra_body": {"query": "q"}}, r"extra_body\n  must not hold query"),
         ({"extra_body": {"x": float("inf")}}, r"extra_body\n  must be plain JSON"),
+        ({"extra_body": {"x": json.loads("[" * 300 + "]" * 300)}}, r"extra_body\n  must be plain JSON"),
         ({"scorer": 5}, r"scorer\n  .* got int"),
         ({"http_client": "x"}, r"http_client\n  .* got str"),
     ],

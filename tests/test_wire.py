@@ -193,6 +193,13 @@ def test_every_shape_of_an_error_body_is_read(body: str, message: str, code: str
     assert (error.code, error.type) == (code, kind)
 
 
+@pytest.mark.parametrize("depth", range(900, 1_000, 7))
+def test_no_depth_of_an_error_body_is_too_much(depth: int) -> None:
+    """An error that is nested as deep as Python can just read is still an error of ours."""
+    body = '{"detail": [' + "[" * depth + "]" * depth + "]}"
+    assert read_error(400, body.encode(), httpx.Headers()).status_code == 400
+
+
 def test_a_long_error_is_clipped() -> None:
     """Message and body of an error hold at most 2,000 characters of the server's."""
     error = read_error(500, json.dumps({"error": "x" * 9_000}).encode(), httpx.Headers())
