@@ -400,9 +400,11 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     """Return the same error with the type of each refused value in words, and the value itself left out."""
     lines = []
     for line in error.errors(include_url=False, include_context=False):
-        reason, value = line["msg"].removeprefix("Value error, "), line["input"]
-        if line["type"] in {"extra_forbidden", "no_such_attribute"}:
-            reason = _unknown(cls, str(line["loc"][-1]))
+        reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
+        if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
+            reason = _unknown(cls, str(loc[0]))
+        elif line["type"] == "extra_forbidden":
+            reason, loc = "holds a field that there is not", loc[:-1]  # a value of the caller's, whatever it is
         # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
         short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
         shown = f" ({value!r})" if short else ""
@@ -411,7 +413,7 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
             "{reason}, got {kind}",
             {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
         )
-        lines.append(InitErrorDetails(type=problem, loc=line["loc"], input=...))
+        lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 

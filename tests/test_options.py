@@ -42,6 +42,10 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"prompt_format": "fancy"}, r"prompt_format.*\n  .*'tagged'.* got str"),
         ({"prompt_format": 5}, r"prompt_format.*\n  .* got int"),
         ({"prompt_format": {"query": "x"}}, r"prompt_format.*\n  the query template must hold \{query\}"),
+        (
+            {"prompt_format": {"query": "{query}", KEY: 1}},
+            r"prompt_format.*\n  holds a field that there is not, got int",
+        ),
         ({"base_url": "ftp://host"}, r"base_url\n  must start with https://.* got str"),
         ({"base_url": "api.regolo.ai"}, r"base_url\n  must start with https://"),
         ({"base_url": "https://"}, r"base_url\n  must name a host"),
