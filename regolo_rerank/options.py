@@ -403,8 +403,8 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
         reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
         if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
             reason = _unknown(cls, str(loc[0]))
-        elif line["type"] == "extra_forbidden":
-            reason, loc = "holds a field that there is not", loc[:-1]  # a value of the caller's, whatever it is
+        elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
+            reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
         # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
         short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
         shown = f" ({value!r})" if short else ""
