@@ -151,6 +151,12 @@ class Pools:
         if pools := self._loops.pop(asyncio.get_running_loop(), None):
             await pools.close()
 
+    def forget(self, loop: asyncio.AbstractEventLoop, clients: dict[Route, httpx.AsyncClient]) -> None:
+        """Drop a loop's pools, but not those that have taken their place since they were closed."""
+        pools = self._loops.get(loop)
+        if pools is not None and pools.clients is clients:
+            self._loops.pop(loop, None)
+
 
 class _Pool:
     """The pool for sync calls: it closes when nobody uses it any more.
@@ -195,8 +201,8 @@ class _LoopPools:
     """
 
     def __init__(self, owner: Pools, loop: asyncio.AbstractEventLoop) -> None:
-        self._clients: dict[Route, httpx.AsyncClient] = {}
-        self._guard = _guarded(weakref.ref(owner), loop, self._clients)
+        self.clients: dict[Route, httpx.AsyncClient] = {}
+        self._guard = _guarded(weakref.ref(owner), loop, self.clients)
         self._started = False
         self._users = 0
         self._closing = False
@@ -214,9 +220,9 @@ class _LoopPools:
         await self._close_if_idle()
 
     def client(self, route: Route) -> httpx.AsyncClient:
-        if route not in self._clients:
-            self._clients[route] = _opened(httpx.AsyncClient, route)
-        return self._clients[route]
+        if route not in self.clients:
+            self.clients[route] = _opened(httpx.AsyncClient, route)
+        return self.clients[route]
 
     async def close(self) -> None:
         self._closing = True
@@ -234,7 +240,7 @@ async def _guarded(
         yield
     finally:
         if pools := owner():
-            pools._loops.pop(loop, None)  # noqa: SLF001 - the guard is part of Pools, kept outside to hold it weakly
+            pools.forget(loop, clients)
         with suppress(RuntimeError):  # a loop that was left open, as nest_asyncio's is, is gone when Python ends
             asyncio.get_running_loop()
             for client in clients.values():

@@ -835,7 +835,7 @@ def test_a_thread_that_cannot_start_is_an_error_of_ours(stub: Stub, monkeypatch:
 
 
 def test_closing_waits_for_async_calls_under_way(stub: Stub) -> None:
-    """A call that is under way when its client is closed comes to its end; the next one opens a new pool."""
+    """A call that is under way when its client is closed comes to its end; later ones share one new pool."""
     stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
 
     async def main() -> list[RerankResponse]:
@@ -845,10 +845,11 @@ def test_closing_waits_for_async_calls_under_way(stub: Stub) -> None:
         await client.aclose()
         later = await client.arerank("q", texts(1))
         first = await call
+        last = await client.arerank("q", texts(1))
         await client.aclose()
-        return [first, later]
+        return [first, later, last]
 
-    assert [len(response.results) for response in asyncio.run(main())] == [2, 1]
+    assert [len(response.results) for response in asyncio.run(main())] == [2, 1, 1]
     assert stub.connections == 2
 
 
