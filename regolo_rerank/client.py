@@ -1,236 +1,44 @@
-"""The client: the only file that sends.
-
-Sync and async calls share everything but the lines that wait: a `_Call` knows what to send and what a reply means, and
-two thin drivers send it.
-"""
+"""The client: options, connections, and calls of one query or of many, sync and async."""
 
 import asyncio
-import functools
-import logging
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from contextvars import copy_context
-from queue import SimpleQueue
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Set as AbstractSet
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from traceback import clear_frames
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 import httpx
-from pydantic import PrivateAttr, SecretStr
-from tenacity import AsyncRetrying, Retrying, sleep_using_event
+from pydantic import PrivateAttr
 
 from regolo_rerank import __version__
-from regolo_rerank.errors import (
-    APIConnectionError,
-    APIResponseError,
-    APITimeoutError,
-    BadRequestError,
-    InvalidInputError,
-    NotFoundError,
-    RegoloError,
-)
-from regolo_rerank.local import SCORER_EXTENSION
+from regolo_rerank.calls import Call, Crew, Event, Terms
+from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.options import Options
-from regolo_rerank.pools import Pools, is_proxied
-from regolo_rerank.ranking import Plan, RerankResponse, checked_documents, checked_query
-from regolo_rerank.retry import Gate, Patience, is_crowded
-from regolo_rerank.wire import read_error, read_reply, request_id_of
+from regolo_rerank.pools import Pools
+from regolo_rerank.progress import progress
+from regolo_rerank.ranking import RerankResponse
+from regolo_rerank.sending import AsyncLines, Lines, aended, afinish, ended, finish
 
-__all__ = ["MAX_REPLY_BYTES", "RegoloClient", "Reranker"]
+__all__ = ["RegoloClient", "Reranker"]
 
-MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
-"""Bytes of a reply, decompressed, after which it is refused."""
+T = TypeVar("T")
 
-_log = logging.getLogger("regolo_rerank")
-
-
-class _BearerAuth(httpx.Auth):
-    """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
-
-    def __init__(self, key: SecretStr) -> None:
-        self._key = key
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
-        request.headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        yield request
+Pair = tuple[str, Iterable[str]]
 
 
-class _Crew:
-    """A call's batches and the workers that share them.
+class CallArguments(TypedDict, total=False):
+    """What a call of many queries takes besides them."""
 
-    Where the account may have fewer requests in flight than there are workers, a worker that is refused hands its
-    batch back and leaves; the last one stays and waits.
-    """
-
-    def __init__(self, batches: list[range], concurrency: int) -> None:
-        self.batches = len(batches)
-        self.workers = min(concurrency, len(batches))
-        self._todo = deque(batches)
-        self._lock = threading.Lock()
-
-    def take(self) -> range | None:
-        """Return the next batch; a worker that gets none has left."""
-        with self._lock:
-            if self._todo:
-                return self._todo.popleft()
-            self.workers -= 1
-            return None
-
-    def hand_back(self, batch: range) -> bool:
-        """Give a batch to the others and leave, or return False to the last worker."""
-        with self._lock:
-            if self.workers == 1:
-                return False
-            self.workers -= 1
-            self._todo.appendleft(batch)
-            return True
-
-
-class _LeftError(Exception):
-    """Ends a worker whose batch is another's now, or whose call has failed elsewhere; nobody else sees it."""
-
-
-class _Call:
-    """One call: its options as they are now, its plan, and what to make of each reply."""
-
-    def __init__(
-        self,
-        reranker: "Reranker",
-        query: str,
-        documents: Iterable[str],
-        arguments: dict[str, Any],
-        *,
-        callers_client: httpx.Client | httpx.AsyncClient | None,
-        gate: Gate,
-    ) -> None:
-        self.options = reranker.for_call(**arguments)
-        self.gate = gate
-        self.endpoint = self.options.endpoint()
-        # A caller's client has a timeout of its own, and a scorer on this machine takes the time it takes.
-        self.timeout = None if callers_client is not None or self.endpoint.embedded else self.options.timeout
-        self.plan = Plan(
-            checked_query(query),
-            checked_documents(documents, str),
-            self.options,
-            self.options.format_for(self.endpoint),
-        )
-        self.crew = _Crew(self.plan.batches, self.options.max_concurrency)
-        self._patience: dict[range, Patience] = {}
-        self._key = self.options.key_for(self.endpoint) if self.plan.batches else None
-        url = self.endpoint.url
-        in_the_clear = self._key is not None and url.scheme == "http" and not self.options.allow_http
-        if in_the_clear and callers_client is not None and is_proxied(callers_client, url):
-            raise InvalidInputError(
-                "http_client: its proxy would see the API key in the clear; use https, a client without a proxy, "
-                "or allow_http=True"
-            )
-        self._headers = {
-            "Accept": "application/json",
-            "Content-Type": "application/json",
-            "User-Agent": reranker.user_agent(),
-            **(self.options.default_headers or {}),
-        }
-
-    def patience(self, batch: range, *, follows_success: bool) -> Patience:
-        """Return the patience of a batch's request, the same one whoever sends it."""
-        patience = self._patience.setdefault(batch, Patience(self.options, self.gate))
-        patience.follows_success = follows_success
-        return patience
-
-    def request(self, batch: range) -> dict[str, Any]:
-        """Return the arguments of a batch's request, for the `stream` of either httpx client."""
-        arguments: dict[str, Any] = {
-            "method": "POST",
-            "url": self.endpoint.url,
-            "content": self.plan.request(batch),
-            "headers": self._headers,
-            "follow_redirects": False,
-        }
-        if self.timeout is not None:
-            arguments["timeout"] = self.timeout
-        if self._key is not None:
-            arguments["auth"] = _BearerAuth(self._key)
-        if self.options.scorer is not None:
-            arguments["extensions"] = {SCORER_EXTENSION: self.options.scorer}
-        return arguments
-
-    def learn(
-        self, batch: range, response: httpx.Response, body: bytearray, patience: Patience, started: float
-    ) -> None:
-        """Take in a complete reply to what was sent at `started` by the monotonic clock.
-
-        Raises:
-            APIStatusError: The server said no.
-            APIResponseError: The reply cannot be trusted.
-        """
-        request_id = request_id_of(response.headers)
-        _log.debug(
-            "%s answered %d to %d documents, request %s",
-            self.endpoint.url,
-            response.status_code,
-            len(batch),
-            request_id,
-        )
-        if response.is_success:
-            self.plan.learn(batch, read_reply(body, response.headers, self._key), request_id, patience.sent)
-            self.gate.took(time.monotonic() - started)
-            return
-        error = read_error(response.status_code, body, response.headers, self._key)
-        if is_crowded(error) and patience.too_many() and self.crew.hand_back(batch):
-            raise _LeftError
-        if isinstance(error, NotFoundError):
-            error.args = (f"{error}; nothing to rerank with at {self.endpoint.url}: see base_url",)
-        if isinstance(error, BadRequestError) and "context length" in str(error):
-            index, length = self.plan.longest(batch)
-            hint = f"the longest document sent is documents[{index}] with {length} characters"
-            error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
-        raise error
-
-    def check(self, body: bytearray, started: float) -> None:
-        """Refuse a reply that grows without end, or comes too slowly (`started` in seconds of the monotonic clock).
-
-        Raises:
-            APIResponseError: It is too large.
-            TimeoutError: It is too late.
-        """
-        if len(body) > MAX_REPLY_BYTES:
-            raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
-        if self.timeout is not None and time.monotonic() - started > self.timeout:
-            raise TimeoutError
-
-    @contextmanager
-    def decoding(self, response: httpx.Response, body: bytearray) -> Iterator[None]:
-        """Let an error reply that cannot be decompressed count by its status alone."""
-        try:
-            yield
-        except httpx.DecodingError:
-            if response.is_success:
-                raise
-            body.clear()
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn whatever can go wrong below into this package's errors."""
-        host = self.endpoint.url.netloc.decode()
-        try:
-            yield
-        except (httpx.TimeoutException, TimeoutError) as error:
-            raise APITimeoutError(
-                f"no complete reply from {host} within the timeout ({type(error).__name__})"
-            ) from error
-        except httpx.DecodingError as error:
-            raise APIResponseError(f"the reply cannot be trusted: its body cannot be decompressed: {error}") from error
-        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-            raise APIConnectionError(f"no complete reply from {host}: {str(error) or type(error).__name__}") from error
-        except RuntimeError as error:
-            raise APIConnectionError(
-                f"the http client cannot be used: {error} An httpx client that was passed must be open, and an async "
-                f"one belongs to the event loop that it was first used in"
-            ) from error
+    top_n: int | None
+    model: str | None
+    instruction: str | None
+    score_threshold: float | None
+    extra_body: dict[str, Any] | None
+    max_concurrency: int | None
+    show_progress: bool
 
 
 @contextmanager
@@ -240,16 +48,20 @@ def _forgetful_errors() -> Iterator[None]:
     try:
         yield
     except RegoloError as error:
-        todo: list[BaseException | None] = [error]
-        seen = {id(None), id(callers_own)}
-        while todo:
-            link = todo.pop()
-            if link is None or id(link) in seen:
-                continue
-            seen.add(id(link))
-            clear_frames(link.__traceback__)
-            todo += [link.__cause__, link.__context__]
+        _forget(error, callers_own)
         raise
+
+
+def _forget(error: RegoloError, callers_own: BaseException | None) -> None:
+    todo: list[BaseException | None] = [error]
+    seen = {id(None), id(callers_own)}
+    while todo:
+        link = todo.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        clear_frames(link.__traceback__)
+        todo += [link.__cause__, link.__context__]
 
 
 class Reranker(Options):
@@ -269,23 +81,44 @@ class Reranker(Options):
         """Return what requests call themselves: this package, its version and the framework."""
         return f"regolo_rerank/{__version__} {cls.framework}".rstrip()
 
+    def _terms(self, arguments: dict[str, Any], callers_client: httpx.Client | httpx.AsyncClient | None) -> Terms:
+        return Terms(self.for_call(**arguments), self.user_agent(), self._pools.gate, callers_client)
+
+    @contextmanager
+    def _lines(self, terms: Terms) -> Iterator[Lines]:
+        client = self.http_client
+        if client is not None:
+            yield lambda: nullcontext(client)
+        else:
+            with self._pools.pool(terms.endpoint) as pool:
+                yield pool.line
+
+    @asynccontextmanager
+    async def _async_lines(self, terms: Terms) -> AsyncIterator[AsyncLines]:
+        client = self.async_http_client
+        if client is not None:
+            yield lambda: nullcontext(client)
+        else:
+            async with self._pools.async_pool(terms.endpoint) as pool:
+                yield pool.line
+
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
-            client = self.http_client
-            call = _Call(self, query, documents, arguments, callers_client=client, gate=self._pools.gate)
+            terms = self._terms(arguments, self.http_client)
+            call = Call(terms, query, documents, threading.Event())
             if call.plan.batches:
-                with nullcontext(nullcontext(client)) if client else self._pools.pool(call.endpoint) as pool:
-                    _run(call.crew, pool, functools.partial(_send, call))
-            return call.plan.response()
+                with self._lines(terms) as lines:
+                    finish(call, lines)
+            return call.response()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
-            client = self.async_http_client
-            call = _Call(self, query, documents, arguments, callers_client=client, gate=self._pools.gate)
+            terms = self._terms(arguments, self.async_http_client)
+            call = Call(terms, query, documents, asyncio.Event())
             if call.plan.batches:
-                async with nullcontext(client) if client else self._pools.async_pool(call.endpoint) as opened:
-                    await _arun(call.crew, functools.partial(_asend, call, opened))
-            return call.plan.response()
+                async with self._async_lines(terms) as lines:
+                    await afinish(call, lines)
+            return call.response()
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""
@@ -394,119 +227,193 @@ class RegoloClient(Reranker):
             extra_body=extra_body,
         )
 
+    @overload
+    def rerank_many(
+        self, pairs: Iterable[Pair], *, return_exceptions: Literal[False] = ..., **arguments: Unpack[CallArguments]
+    ) -> Iterator[RerankResponse]: ...
 
-def _send(call: _Call, client: httpx.Client, batch: range, stop: threading.Event, *, follows_success: bool) -> None:
-    """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch, follows_success=follows_success)
+    @overload
+    def rerank_many(
+        self, pairs: Iterable[Pair], *, return_exceptions: bool, **arguments: Unpack[CallArguments]
+    ) -> Iterator[RerankResponse | RegoloError]: ...
 
-    def attempt() -> None:
-        if stop.is_set():
-            raise _LeftError
-        patience.before_sending()
-        body, started = bytearray(), time.monotonic()
-        try:
-            with call.errors(), client.stream(**call.request(batch)) as response, call.decoding(response, body):
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    call.check(body, started)
-            call.learn(batch, response, body, patience, started)
-        except RegoloError:
-            if stop.is_set():
-                raise _LeftError from None
-            raise
+    def rerank_many(
+        self,
+        pairs: Iterable[Pair],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        score_threshold: float | None = None,
+        extra_body: dict[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: bool = False,
+        show_progress: bool = False,
+    ) -> Iterator[RerankResponse | RegoloError]:
+        """Rank the documents of many queries, and give each ranking when it is its turn.
 
-    stop.wait(call.gate.held_for())
-    Retrying(sleep=sleep_using_event(stop), **patience.policy())(attempt)
+        Args:
+            pairs: Queries with their documents, `(query, documents)`; may be endless. They are read in the caller's
+                thread, at most 4 x `max_concurrency` of them ahead of the ranking that was given last.
+            top_n: As in `rerank`; it holds for all pairs, and so do the next four.
+            model: As in `rerank`.
+            instruction: As in `rerank`.
+            score_threshold: As in `rerank`.
+            extra_body: As in `rerank`.
+            max_concurrency: Requests in flight at once, over all pairs; those of a large one are shared out too.
+            return_exceptions: Whether a pair that fails gives its error in its place. Otherwise the error is raised
+                there, and what was read ahead is given up.
+            show_progress: Whether a bar is shown, on a terminal and in a notebook; needs tqdm.
+
+        Returns:
+            An iterator over one ranking a pair, in the order of `pairs`.
+
+        Raises:
+            InvalidInputError: An argument is wrong, at once; a pair is wrong, in its place.
+            MissingAPIKeyError: The host demands a key, and there is none, at once.
+            RegoloError: As in `rerank`, in the place of the pair that fails.
+        """
+        terms = self._terms(
+            {
+                "top_n": top_n,
+                "model": model,
+                "instruction": instruction,
+                "score_threshold": score_threshold,
+                "extra_body": extra_body,
+                "max_concurrency": max_concurrency,
+            },
+            self.http_client,
+        )
+        _check_pairs(pairs, Iterable)
+        terms.arguments()
+        return self._many(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+
+    @overload
+    def arerank_many(
+        self,
+        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        *,
+        return_exceptions: Literal[False] = ...,
+        **arguments: Unpack[CallArguments],
+    ) -> AsyncIterator[RerankResponse]: ...
+
+    @overload
+    def arerank_many(
+        self,
+        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        *,
+        return_exceptions: bool,
+        **arguments: Unpack[CallArguments],
+    ) -> AsyncIterator[RerankResponse | RegoloError]: ...
+
+    def arerank_many(
+        self,
+        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        score_threshold: float | None = None,
+        extra_body: dict[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: bool = False,
+        show_progress: bool = False,
+    ) -> AsyncIterator[RerankResponse | RegoloError]:
+        """Rank as `rerank_many` does, without blocking the event loop; `pairs` may be an async iterable too.
+
+        Leave the loop over it by `break` only inside `contextlib.aclosing`, so that what is under way ends at once.
+        """
+        terms = self._terms(
+            {
+                "top_n": top_n,
+                "model": model,
+                "instruction": instruction,
+                "score_threshold": score_threshold,
+                "extra_body": extra_body,
+                "max_concurrency": max_concurrency,
+            },
+            self.async_http_client,
+        )
+        _check_pairs(pairs, Iterable, AsyncIterable)
+        terms.arguments()
+        return self._amany(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+
+    def _many(
+        self, terms: Terms, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
+    ) -> Iterator[RerankResponse | RegoloError]:
+        calls = (_called(terms, index, pair, threading.Event()) for index, pair in enumerate(pairs))
+        crew: Crew[threading.Event] = terms.crew_for_many()
+        with (
+            progress(_count(pairs), unit="query", shown=show_progress) as advance,
+            self._lines(terms) as lines,
+            closing(ended(calls, crew, lines)) as done,
+        ):
+            for call in done:
+                outcome = _outcome(call, return_exceptions=return_exceptions)
+                advance()
+                yield outcome
+
+    async def _amany(
+        self, terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair], *, return_exceptions: bool, show_progress: bool
+    ) -> AsyncIterator[RerankResponse | RegoloError]:
+        async def called() -> AsyncGenerator[Call[asyncio.Event] | RegoloError]:
+            index = 0
+            async for pair in _each(pairs):
+                yield _called(terms, index, pair, asyncio.Event())
+                index += 1
+
+        crew: Crew[asyncio.Event] = terms.crew_for_many()
+        with progress(_count(pairs), unit="query", shown=show_progress) as advance:
+            async with (
+                self._async_lines(terms) as lines,
+                aclosing(aended(called(), crew, lines)) as done,
+            ):
+                async for call in done:
+                    outcome = _outcome(call, return_exceptions=return_exceptions)
+                    advance()
+                    yield outcome
 
 
-async def _asend(call: _Call, client: httpx.AsyncClient, batch: range, *, follows_success: bool) -> None:
-    """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch, follows_success=follows_success)
-
-    async def attempt() -> None:
-        patience.before_sending()
-        body, started = bytearray(), time.monotonic()
-        with call.errors():
-            async with asyncio.timeout(call.timeout), client.stream(**call.request(batch)) as response:
-                with call.decoding(response, body):
-                    async for chunk in response.aiter_bytes():
-                        body += chunk
-                        call.check(body, started)
-        call.learn(batch, response, body, patience, started)
-
-    if held := call.gate.held_for():
-        await asyncio.sleep(held)
-    await AsyncRetrying(sleep=asyncio.sleep, **patience.policy())(attempt)
-
-
-def _run(
-    crew: _Crew,
-    pool: AbstractContextManager[httpx.Client],
-    send: Callable[..., None],
-) -> None:
-    """Send all batches, some at once; the first final failure stops those that have not started, and is raised."""
-    stop = threading.Event()
-    done: SimpleQueue[BaseException | None] = SimpleQueue()
-
-    def work() -> None:
-        succeeded = False
-        with suppress(_LeftError), pool as client:
-            while (batch := crew.take()) is not None:
-                send(client, batch, stop, follows_success=succeeded)
-                succeeded = True
-                done.put(None)
-
-    def work_for_the_caller() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-            done.put(error)
-
-    if crew.workers == 1:
-        work()
-        return
-    # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
-    threads = [
-        threading.Thread(target=copy_context().run, args=(work_for_the_caller,), daemon=True, name="regolo_rerank")
-        for _ in range(crew.workers)
-    ]
-    try:
-        _start(threads)
-        for _ in range(crew.batches):
-            if failure := done.get():
-                raise failure
-    finally:
-        stop.set()
-
-
-def _start(threads: list[threading.Thread]) -> None:
-    try:
-        for thread in threads:
-            thread.start()
-    except RuntimeError as error:
-        raise APIConnectionError(f"no thread for a request: {error}; lower max_concurrency") from error
-
-
-async def _arun(crew: _Crew, send: Callable[..., Awaitable[None]]) -> None:
-    """Do the same with tasks."""
-
-    async def work() -> None:
-        succeeded = False
-        with suppress(_LeftError):
-            while (batch := crew.take()) is not None:
-                await send(batch, follows_success=succeeded)
-                succeeded = True
-
-    if crew.workers == 1:
-        await work()
-        return
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            workers = [tasks.create_task(work()) for _ in range(crew.workers)]
-    except ExceptionGroup as group:
-        failure: BaseException = group.exceptions[0]
+async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
     else:
-        if not any(worker.cancelled() for worker in workers):
-            return
-        failure = asyncio.CancelledError()  # somebody has cancelled a worker, and its batch is unranked
-    raise failure
+        for item in items:
+            yield item
+
+
+def _check_pairs(pairs: object, *kinds: type) -> None:
+    if isinstance(pairs, str | bytes | Mapping | AbstractSet) or not isinstance(pairs, kinds):
+        raise InvalidInputError(f"pairs: must be an iterable of (query, documents), got {type(pairs).__name__}")
+
+
+def _count(pairs: object) -> int | None:
+    return len(pairs) if isinstance(pairs, Sized) else None
+
+
+def _checked_pair(pair: object) -> Pair:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InvalidInputError(f"must be (query, documents), got {type(pair).__name__}")
+    return pair[0], pair[1]
+
+
+def _called(terms: Terms, index: int, pair: Pair, over: Event) -> Call[Event] | RegoloError:
+    """Return the call for a pair, or what is wrong with it."""
+    try:
+        return Call(terms, *_checked_pair(pair), over)
+    except InvalidInputError as error:
+        return InvalidInputError(f"pairs[{index}]: {error}")
+
+
+def _outcome(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> RerankResponse | RegoloError:
+    """Return what a call has come to; an error is raised, or returned where the caller wants that."""
+    try:
+        with _forgetful_errors():
+            if isinstance(call, RegoloError):
+                raise call
+            return call.response()
+    except RegoloError as error:
+        if return_exceptions:
+            return error
+        raise

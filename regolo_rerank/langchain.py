@@ -22,14 +22,24 @@ __all__ = ["RegoloRerank"]
 
 
 class RankedIndex(TypedDict):
-    """One document of a ranking, in the convention of LangChain's rerankers."""
+    """One document of a ranking, in the convention of LangChain's rerankers.
+
+    Attributes:
+        index: The document's place in the caller's list, from 0.
+        relevance_score: How relevant it is; higher is better.
+    """
 
     index: int
     relevance_score: float
 
 
 class Candidates(TypedDict):
-    """What the runnable form takes."""
+    """What the runnable form takes.
+
+    Attributes:
+        query: What was searched; not blank.
+        documents: N documents.
+    """
 
     query: str
     documents: Sequence[Document]
@@ -162,7 +172,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Return this reranker as a step of an LCEL chain.
 
         It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
-        later count for it too.
+        later count for it too. It raises what `compress_documents` raises, and `InvalidInputError` for other inputs.
 
         Example:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
@@ -180,20 +190,25 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     def _compress(self, documents: list[Document], query: str) -> list[Document]:
         try:
-            response = self._rank(query, self._texts(documents))
+            response = self._rank(query, self._contents(documents))
         except RegoloError as error:
             return self._fall_back(error, documents)
         return _scored(documents, response)
 
     async def _acompress(self, documents: list[Document], query: str) -> list[Document]:
         try:
-            response = await self._arank(query, self._texts(documents))
+            response = await self._arank(query, self._contents(documents))
         except RegoloError as error:
             return self._fall_back(error, documents)
         return _scored(documents, response)
 
     def _inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
         return {"query": query, "documents": documents, "model": self.model, "top_n": self.top_n}
+
+    def _contents(self, documents: list[Document]) -> list[str]:
+        if not self.metadata_fields:
+            return [document.page_content for document in documents]
+        return [self._content(document) for document in documents]
 
     def _texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
         return [
@@ -211,6 +226,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
                     f"documents[{index}]: a dict's text is a string in 'text', got {type(text).__name__}"
                 )
             return text
+        return self._content(document)
+
+    def _content(self, document: Document) -> str:
         lines = [f"{key}: {document.metadata[key]}" for key in self.metadata_fields if key in document.metadata]
         return "\n".join([*lines, document.page_content]) if lines else document.page_content
 

@@ -1,7 +1,7 @@
 """The connections behind a client: kept alive across calls, and never in anybody's way.
 
 One pool serves all sync calls. Async calls have one pool an event loop, because a connection that was opened in one
-loop fails in another, and it closes with its loop.
+loop fails in another, and it closes with its loop. A pool has as many lines as its requests in flight need.
 """
 
 import asyncio
@@ -10,26 +10,28 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from types import TracebackType
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, Literal, Self, TypeVar
 
-import httpcore
 import httpx
 
 from regolo_rerank.errors import APIConnectionError
+from regolo_rerank.lines import AsyncLine, Line
 from regolo_rerank.local import EmbeddedTransport
 from regolo_rerank.options import Endpoint
 from regolo_rerank.retry import Gate
 
-__all__ = ["Pools", "is_proxied"]
+__all__ = ["Pools"]
 
 Route = Literal["embedded", "loopback", "remote"]
 
 C = TypeVar("C", httpx.Client, httpx.AsyncClient)
+L = TypeVar("L", Line, AsyncLine)
 
 _LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0)
+
+_MOST_LINES: Final = 16
 
 _fork_lock = threading.Lock()
 
@@ -64,13 +66,14 @@ def _opened(kind: type[C], route: Route) -> C:
     raise APIConnectionError(problem)
 
 
-def is_proxied(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> bool:
-    """Return whether a client reaches a URL through a proxy."""
-    transport = client._transport_for_url(url)  # noqa: SLF001 - httpx tells nobody else
-    pool = getattr(transport, "_pool", None)
-    return isinstance(
-        pool, httpcore.HTTPProxy | httpcore.AsyncHTTPProxy | httpcore.SOCKSProxy | httpcore.AsyncSOCKSProxy
-    )
+def _taken(lines: list[L], opened: Callable[[], L]) -> L:
+    """Return the first line that has room, a new one, or the least busy one, and count its user."""
+    line = next((line for line in lines if line.users < line.room), None)
+    if line is None and len(lines) < _MOST_LINES:
+        lines.append(line := opened())
+    line = line or min(lines, key=lambda line: line.users)
+    line.users += 1
+    return line
 
 
 class Pools:
@@ -84,11 +87,11 @@ class Pools:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._clients: dict[Route, _Pool] = {}
+        self._pools: dict[Route, _Pool] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
         self._gate = Gate()
         # Nobody is told when a client is forgotten; its sockets must close without a warning.
-        weakref.finalize(self, _close, self._clients, os.getpid())
+        weakref.finalize(self, _close, self._pools, os.getpid())
         weakref.finalize(self, self._loops.clear).atexit = False
         self._pid = os.getpid()  # last: from here on, other threads see all of it
 
@@ -96,7 +99,7 @@ class Pools:
         if self._pid != os.getpid():
             with _fork_lock:
                 if self._pid != os.getpid():
-                    _inherited.append((self._clients, dict(self._loops)))
+                    _inherited.append((self._pools, dict(self._loops)))
                     self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -111,20 +114,22 @@ class Pools:
 
     @contextmanager
     def pool(self, endpoint: Endpoint) -> "Iterator[_Pool]":
-        """Give the pool for sync calls, to be entered by each thread that uses it."""
+        """Give the pool for sync calls, whose lines are taken by each thread that sends."""
         self._forked()
         route = _route(endpoint)
-        with ExitStack() as used:
-            with self._lock:
-                if route not in self._clients:
-                    self._clients[route] = _Pool(_opened(httpx.Client, route))
-                pool = self._clients[route]
-                used.enter_context(pool)
+        with self._lock:
+            if route not in self._pools:
+                self._pools[route] = _Pool(route)
+            pool = self._pools[route]
+            pool.entered()
+        try:
             yield pool
+        finally:
+            pool.left()
 
     @asynccontextmanager
-    async def async_pool(self, endpoint: Endpoint) -> AsyncIterator[httpx.AsyncClient]:
-        """Give the running event loop's pool."""
+    async def async_pool(self, endpoint: Endpoint) -> "AsyncIterator[_LoopPool]":
+        """Give the running event loop's pool, whose lines are taken by each task that sends."""
         self._forked()
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -134,14 +139,14 @@ class Pools:
                     if other.is_closed():
                         self._loops.pop(other, None)
                 pools = self._loops[loop] = _LoopPools(self, loop)
-        async with pools:
-            yield pools.client(_route(endpoint))
+        async with pools.used():
+            yield pools.pool(_route(endpoint))
 
     def close(self) -> None:
         """Close the pool for sync calls, once the calls under way in other threads have ended."""
         self._forked()
         with self._lock:
-            pools = [self._clients.pop(route) for route in list(self._clients)]
+            pools = [self._pools.pop(route) for route in list(self._pools)]
         for pool in pools:
             pool.close()
 
@@ -151,10 +156,10 @@ class Pools:
         if pools := self._loops.pop(asyncio.get_running_loop(), None):
             await pools.close()
 
-    def forget(self, loop: asyncio.AbstractEventLoop, clients: dict[Route, httpx.AsyncClient]) -> None:
+    def forget(self, loop: asyncio.AbstractEventLoop, pools: "dict[Route, _LoopPool]") -> None:
         """Drop a loop's pools, but not those that have taken their place since they were closed."""
-        pools = self._loops.get(loop)
-        if pools is not None and pools.clients is clients:
+        known = self._loops.get(loop)
+        if known is not None and known.pools is pools:
             self._loops.pop(loop, None)
 
 
@@ -164,22 +169,35 @@ class _Pool:
     A thread whose call has failed elsewhere may still be waiting for its reply, long after the call.
     """
 
-    def __init__(self, client: httpx.Client) -> None:
-        self._client = client
+    def __init__(self, route: Route) -> None:
         self._users = 0
+        self._opened = lambda: Line(_opened(httpx.Client, route))
+        self._lines: list[Line] = []
         self._closing = False
         self._lock = threading.Lock()
 
-    def __enter__(self) -> httpx.Client:
+    @contextmanager
+    def line(self) -> Iterator[Line]:
+        """Give a line to one thread."""
+        with self._lock:
+            line = _taken(self._lines, self._opened)
+            self._users += 1
+        try:
+            yield line
+        finally:
+            self.left(line)
+
+    def entered(self) -> None:
+        """Count a call in, which keeps the pool open."""
         with self._lock:
             self._users += 1
-        return self._client
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def left(self, line: Line | None = None) -> None:
+        """Count a call out, or a thread and its line."""
         with self._lock:
             self._users -= 1
+            if line is not None:
+                line.users -= 1
         self._close_if_idle()
 
     def close(self) -> None:
@@ -187,10 +205,30 @@ class _Pool:
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
+        if not self._closing:
+            return
         with self._lock:
-            idle = self._closing and not self._users
+            idle = not self._users
         if idle:
-            self._client.close()
+            for line in self._lines:
+                line.client.close()
+
+
+class _LoopPool:
+    """The pool of one event loop."""
+
+    def __init__(self, route: Route) -> None:
+        self._opened = lambda: AsyncLine(_opened(httpx.AsyncClient, route))
+        self.lines: list[AsyncLine] = []
+
+    @contextmanager
+    def line(self) -> Iterator[AsyncLine]:
+        """Give a line to one task."""
+        line = _taken(self.lines, self._opened)
+        try:
+            yield line
+        finally:
+            line.users -= 1
 
 
 class _LoopPools:
@@ -201,28 +239,27 @@ class _LoopPools:
     """
 
     def __init__(self, owner: Pools, loop: asyncio.AbstractEventLoop) -> None:
-        self.clients: dict[Route, httpx.AsyncClient] = {}
-        self._guard = _guarded(weakref.ref(owner), loop, self.clients)
+        self.pools: dict[Route, _LoopPool] = {}
+        self._guard = _guarded(weakref.ref(owner), loop, self.pools)
         self._started = False
         self._users = 0
         self._closing = False
 
-    async def __aenter__(self) -> None:
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Keep the pools open."""
         self._users += 1
-        if not self._started:
-            self._started = True
-            await anext(self._guard)
+        try:
+            if not self._started:
+                self._started = True
+                await anext(self._guard)
+            yield
+        finally:
+            self._users -= 1
+            await self._close_if_idle()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._users -= 1
-        await self._close_if_idle()
-
-    def client(self, route: Route) -> httpx.AsyncClient:
-        if route not in self.clients:
-            self.clients[route] = _opened(httpx.AsyncClient, route)
-        return self.clients[route]
+    def pool(self, route: Route) -> _LoopPool:
+        return self.pools.setdefault(route, _LoopPool(route))
 
     async def close(self) -> None:
         self._closing = True
@@ -234,17 +271,18 @@ class _LoopPools:
 
 
 async def _guarded(
-    owner: weakref.ref[Pools], loop: asyncio.AbstractEventLoop, clients: dict[Route, httpx.AsyncClient]
+    owner: weakref.ref[Pools], loop: asyncio.AbstractEventLoop, pools: dict[Route, _LoopPool]
 ) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        if pools := owner():
-            pools.forget(loop, clients)
+        if owned := owner():
+            owned.forget(loop, pools)
         with suppress(RuntimeError):  # a loop that was left open, as nest_asyncio's is, is gone when Python ends
             asyncio.get_running_loop()
-            for client in clients.values():
-                await client.aclose()
+            for pool in pools.values():
+                for line in pool.lines:
+                    await line.client.aclose()
 
 
 def _renew_fork_lock() -> None:
@@ -256,7 +294,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_fork_lock)
 
 
-def _close(clients: "dict[Route, _Pool]", pid: int) -> None:
+def _close(pools: "dict[Route, _Pool]", pid: int) -> None:
     if pid == os.getpid():
-        for client in clients.values():
-            client.close()
+        for pool in pools.values():
+            pool.close()

@@ -5,6 +5,7 @@ lower. The presets come from Regolo's API examples and from the Qwen3-Reranker m
 """
 
 import re
+from collections.abc import Iterable
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -23,7 +24,7 @@ class PromptFormat(BaseModel):
     braces in it mean nothing, and special tokens in it are made harmless (`<|im_end|>` is sent as `< |im_end|>`), so
     that no document can forge the model's answer. All other braces in a template stand for themselves.
 
-    Args:
+    Attributes:
         query: Template of the query string; holds `{query}` once and may hold `{instruction}`.
         document: Template of the document string; holds `{document}` once.
         escape: Whether special tokens in the filled-in text are made harmless. The preset `plain` does not.
@@ -57,14 +58,41 @@ class PromptFormat(BaseModel):
         return self
 
     def format_query(self, query: str, instruction: str) -> str:
-        """Return the query string of a request."""
+        """Return the query string of a request.
+
+        Args:
+            query: The query.
+            instruction: The task in a sentence; left out where the template has no place for it.
+        """
         values = {"query": query, "instruction": instruction}
         return _PLACEHOLDER.sub(lambda found: self._fill(found.string[: found.start()], values[found[1]]), self.query)
 
     def format_document(self, document: str) -> str:
-        """Return the document string of a request."""
+        """Return the document string of a request.
+
+        Args:
+            document: The document's text.
+        """
+        return self.format_documents([document])[0]
+
+    def format_documents(self, documents: Iterable[str]) -> list[str]:
+        """Return the document strings of a request.
+
+        Args:
+            documents: N texts.
+
+        Returns:
+            N strings, in the same order.
+        """
         before, _, after = self.document.partition("{document}")
-        return before + self._fill(before or self.query, document) + after
+        if not self.escape:
+            return [f"{before}{text}{after}" for text in documents]
+        seam = before or self.query
+        # Few texts can hold part of a token, and one character is found ten times sooner than two.
+        return [
+            f"{before}{self._fill(seam, text) if '|' in text or text.endswith('<') else text}{after}"
+            for text in documents
+        ]
 
     def _fill(self, before: str, text: str) -> str:
         if not self.escape:

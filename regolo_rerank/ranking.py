@@ -38,6 +38,16 @@ class RerankResult:
     relevance_score: float
     document: str
 
+    def __str__(self) -> str:
+        from regolo_rerank.tables import text
+
+        return text([self], ranked=False)
+
+    def _repr_html_(self) -> str:
+        from regolo_rerank.tables import html
+
+        return html([self], ranked=False)
+
 
 @dataclass(slots=True)
 class Usage:
@@ -70,6 +80,16 @@ class RerankResponse:
     usage: Usage = field(default_factory=Usage)
     request_ids: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        from regolo_rerank.tables import text
+
+        return text(self.results)
+
+    def _repr_html_(self) -> str:
+        from regolo_rerank.tables import html
+
+        return html(self.results)
+
 
 def checked_query(query: object) -> str:
     """Return the query, or refuse it.
@@ -100,9 +120,10 @@ def checked_documents(documents: Iterable[T], *kinds: type, name: str = "documen
     if isinstance(documents, alone) or not isinstance(documents, Iterable):
         raise InvalidInputError(f"{name}: must be a list of {wanted}, got {type(documents).__name__}")
     listed = list(documents)
-    for index, document in enumerate(listed):
-        if not isinstance(document, kinds):
-            raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {type(document).__name__}")
+    if not set(map(type, listed)) <= set(kinds):
+        for index, document in enumerate(listed):
+            if not isinstance(document, kinds):
+                raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {type(document).__name__}")
     return listed
 
 
@@ -137,19 +158,14 @@ class Plan:
         self._options = options
         self._format = prompt_format
         self._query = prompt_format.format_query(query, options.instruction)
-        distinct: dict[str, int] = {}
-        scored = documents
-        if (longest := options.max_document_chars) is not None:
-            scored = [document[:longest] for document in documents]
-        self._slots = [distinct.setdefault(text, len(distinct)) if text.strip() else None for text in scored]
-        self._texts = list(distinct)
+        self._slots, self._texts = _distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._receipts: dict[range, _Receipt] = {}
         self.batches = self._cut()
 
     def request(self, batch: range) -> bytes:
         """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
-        return self._encoded([self._sent(slot) for slot in batch])
+        return self._encoded(self._format.format_documents(self._texts[batch.start : batch.stop]))
 
     def _sent(self, slot: int) -> str:
         return self._format.format_document(self._texts[slot])
@@ -209,9 +225,15 @@ class Plan:
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
             raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
-        echoes = [(batch[result.index], result.echo) for result in reply.results if result.echo is not None]
-        if echoes and not any(_alike(echo, repaired(self._sent(slot))) for slot, echo in echoes):
-            raise _untrusted("it echoes other documents than were sent", request_id)
+        echoes = False
+        for result in reply.results:
+            if (echo := result.echo) is not None:
+                if _alike(echo, repaired(self._sent(batch[result.index]))):
+                    break
+                echoes = True
+        else:
+            if echoes:
+                raise _untrusted("it echoes other documents than were sent", request_id)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
 
@@ -251,6 +273,17 @@ class Plan:
             RerankResult(index, worst, self._documents[index]) for index, slot in enumerate(self._slots) if slot is None
         ]
         return (ranked + blank)[: options.top_n]
+
+
+def _distinct(documents: Sequence[str], longest: int | None) -> tuple[Sequence[int | None], Sequence[str]]:
+    """Return which distinct text each document is, None for a blank one, and these texts."""
+    scored = documents if longest is None else [document[:longest] for document in documents]
+    numbers: dict[str, int | None] = dict.fromkeys(scored)
+    if len(numbers) == len(documents) and "" not in numbers and not any(map(str.isspace, numbers)):
+        return range(len(documents)), scored
+    texts = [text for text in numbers if text and not text.isspace()]
+    numbers.update(zip(texts, range(len(texts)), strict=True))
+    return [numbers[text] for text in scored], texts
 
 
 def _alike(echo: str, sent: str) -> bool:

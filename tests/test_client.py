@@ -25,11 +25,9 @@ from regolo_rerank import (
     RegoloError,
     RerankResponse,
     ServerError,
+    calls,
     pools,
     retry,
-)
-from regolo_rerank import (
-    client as client_module,
 )
 from regolo_rerank.options import Options
 from tests.conftest import KEY, Rank
@@ -599,7 +597,7 @@ def test_an_endless_reply_is_refused(
     rank: Rank, client: RegoloClient, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reply over the limit of bytes is refused while it is read."""
-    monkeypatch.setattr(client_module, "MAX_REPLY_BYTES", 10_000)
+    monkeypatch.setattr(calls, "MAX_REPLY_BYTES", 10_000)
     client.max_retries = 0
     stub.always(Reply(results((0, 1.0), filler="x" * 20_000)))
     with pytest.raises(APIResponseError, match="larger than 10000 bytes"):
@@ -660,7 +658,7 @@ def test_the_client_is_an_async_context_manager(stub: Stub) -> None:
         async with RegoloClient(KEY, base_url=stub.url) as client:
             await client.arerank("q", ["a"])
             client.rerank("q", ["a"])
-        return len(client._pools._loops) + len(client._pools._clients)
+        return len(client._pools._loops) + len(client._pools._pools)
 
     assert asyncio.run(inside()) == 0
 

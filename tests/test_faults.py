@@ -25,10 +25,8 @@ from regolo_rerank import (
     RegoloClient,
     RegoloError,
     ServerError,
+    calls,
     retry,
-)
-from regolo_rerank import (
-    client as client_module,
 )
 from tests.entries import KINDS, Entry
 from tests.faults import Fault, FaultServer, bomb, changed, endless, http, ranking, sends, stalls, trickles
@@ -219,7 +217,7 @@ def test_a_fault_gives_the_right_ranking_or_an_error_of_ours(
     case: Case, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every entry point gives the whole ranking or a RegoloError, in time and in few attempts."""
-    monkeypatch.setattr(client_module, "MAX_REPLY_BYTES", 4 * 1024 * 1024)
+    monkeypatch.setattr(calls, "MAX_REPLY_BYTES", 4 * 1024 * 1024)
     expected = case.always if when == "always" or not case.passing else None
     for kind, mode in itertools.product(KINDS.values(), ("sync", "async")):
         server = FaultServer(case.fault) if when == "once" else FaultServer(usual=case.fault)
