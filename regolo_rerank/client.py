@@ -99,7 +99,7 @@ class Reranker(Options):
         if client is not None:
             yield lambda: nullcontext(client)
         else:
-            async with self._pools.async_pool(terms.endpoint) as pool:
+            async with self._pools.async_pool(terms.endpoint, terms.options.async_transport) as pool:
                 yield pool.line
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:

@@ -161,6 +161,9 @@ Text = Annotated[str, Field(strict=True), AfterValidator(_checked_text)]
 class Options(BaseModel):
     """The options that the client and both adapters share.
 
+    A `Count` is an integer from 1, `Seconds` is a number of seconds, a `Text` is a string that is not blank, and a
+    `Scorer` is a function of a query and N documents that gives N finite numbers, higher for better.
+
     Raises:
         pydantic.ValidationError: On construction and on assignment; it names the option and the value's type, and
             never holds the value itself, which might be a key.
@@ -186,13 +189,14 @@ class Options(BaseModel):
     `local://` is the embedded endpoint: no key, no network."""
 
     model: Text = "Qwen3-Reranker-4B"
-    """Name of the reranking model."""
+    """Name of the reranking model; the default is the one in Regolo's API examples."""
 
     top_n: Count | None = None
     """Results kept, the best first; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it."""
+    """The task in a sentence, for prompt formats that have a place for it; the default is a web search, as in Regolo's
+    API examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
@@ -200,17 +204,19 @@ class Options(BaseModel):
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
     """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
-    for `Qwen3-Reranker*`, and `plain` for other models and on `local://`."""
+    for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
+    model scores lower, as Regolo's page says."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
-    """Results that score lower are dropped, after `top_n` has been chosen from all candidates."""
+    """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
+    scale: from 0 to 1 for `Qwen3-Reranker*`."""
 
     timeout: Annotated[Seconds, Field(gt=0)] = 60.0
     """Seconds for one attempt, from connecting to the last byte of the reply. In a sync call it bounds each wait while
     connecting, sending and reading headers, and the body as a whole."""
 
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
-    """Further attempts after the first, for one request."""
+    """Further attempts after the first, at least 0, for one request."""
 
     max_retry_seconds: Annotated[Seconds, Field(ge=0)] = 90.0
     """Seconds from a request's first sending after which no further attempt starts."""
@@ -226,6 +232,10 @@ class Options(BaseModel):
 
     max_document_chars: Count | None = None
     """Characters of a document that are scored at most; the caller's document comes back whole."""
+
+    async_transport: Literal["httpx", "aiohttp"] = "httpx"
+    """What async calls go over. "aiohttp" carries tens of requests at once with half of the work, and needs the extra
+    `[aiohttp]`."""
 
     default_headers: Annotated[dict[str, str], AfterValidator(_checked_headers)] | None = Field(
         default=None, repr=False
@@ -352,6 +362,9 @@ class Options(BaseModel):
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
 
+        Args:
+            endpoint: Where requests go.
+
         Raises:
             MissingAPIKeyError: The endpoint demands a key, and there is none.
             InvalidInputError: The environment's key is malformed, or the key would travel in the clear.
@@ -374,7 +387,11 @@ class Options(BaseModel):
         return key
 
     def format_for(self, endpoint: Endpoint) -> PromptFormat:
-        """Return the prompt format to use with an endpoint."""
+        """Return the prompt format to use with an endpoint.
+
+        Args:
+            endpoint: Where requests go.
+        """
         if isinstance(self.prompt_format, PromptFormat):
             return self.prompt_format
         if self.prompt_format == "auto":

@@ -6,6 +6,7 @@ loop fails in another, and it closes with its loop. A pool has as many lines as 
 
 import asyncio
 import functools
+import math
 import os
 import ssl
 import threading
@@ -16,7 +17,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 import httpx
 
-from regolo_rerank.errors import APIConnectionError
+from regolo_rerank.errors import APIConnectionError, InvalidInputError
 from regolo_rerank.lines import AsyncLine, Line
 from regolo_rerank.local import EmbeddedTransport
 from regolo_rerank.options import Endpoint
@@ -25,11 +26,15 @@ from regolo_rerank.retry import Gate
 __all__ = ["Pools"]
 
 Route = Literal["embedded", "loopback", "remote"]
+Transport = Literal["httpx", "aiohttp"]
 
 C = TypeVar("C", httpx.Client, httpx.AsyncClient)
 L = TypeVar("L", Line, AsyncLine)
 
-_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0)
+_KEEPALIVE: Final = 60.0
+"""Seconds that an idle connection is kept."""
+
+_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE)
 
 _MOST_LINES: Final = 16
 
@@ -50,18 +55,25 @@ def _route(endpoint: Endpoint) -> Route:
     return "loopback" if endpoint.loopback else "remote"
 
 
-def _settings(route: Route) -> dict[str, Any]:
+def _settings(route: Route, transport: Transport = "httpx") -> dict[str, Any]:
     """Return the arguments for an httpx client of either kind."""
     if route == "embedded":
         return {"transport": EmbeddedTransport()}
     # The environment's proxies are honoured, but loopback is never proxied.
-    return {"verify": _ssl_context(), "limits": _LIMITS, "trust_env": route == "remote"}
+    trust_env = route == "remote"
+    if transport == "aiohttp":
+        from regolo_rerank.aiohttp_transport import AiohttpTransport
+
+        return {"transport": AiohttpTransport(_ssl_context(), _KEEPALIVE, trust_env=trust_env), "trust_env": False}
+    return {"verify": _ssl_context(), "limits": _LIMITS, "trust_env": trust_env}
 
 
-def _opened(kind: type[C], route: Route) -> C:
+def _opened(kind: type[C], route: Route, transport: Transport = "httpx") -> C:
     try:
-        return kind(**_settings(route))
+        return kind(**_settings(route, transport))
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        if isinstance(error, InvalidInputError):
+            raise
         problem = f"the environment's proxies or certificates cannot be used: {error}"
     raise APIConnectionError(problem)
 
@@ -128,7 +140,7 @@ class Pools:
             pool.left()
 
     @asynccontextmanager
-    async def async_pool(self, endpoint: Endpoint) -> "AsyncIterator[_LoopPool]":
+    async def async_pool(self, endpoint: Endpoint, transport: Transport) -> "AsyncIterator[_LoopPool]":
         """Give the running event loop's pool, whose lines are taken by each task that sends."""
         self._forked()
         loop = asyncio.get_running_loop()
@@ -140,7 +152,7 @@ class Pools:
                         self._loops.pop(other, None)
                 pools = self._loops[loop] = _LoopPools(self, loop)
         async with pools.used():
-            yield pools.pool(_route(endpoint))
+            yield pools.pool(_route(endpoint), transport)
 
     def close(self) -> None:
         """Close the pool for sync calls, once the calls under way in other threads have ended."""
@@ -156,7 +168,7 @@ class Pools:
         if pools := self._loops.pop(asyncio.get_running_loop(), None):
             await pools.close()
 
-    def forget(self, loop: asyncio.AbstractEventLoop, pools: "dict[Route, _LoopPool]") -> None:
+    def forget(self, loop: asyncio.AbstractEventLoop, pools: "dict[tuple[Route, Transport], _LoopPool]") -> None:
         """Drop a loop's pools, but not those that have taken their place since they were closed."""
         known = self._loops.get(loop)
         if known is not None and known.pools is pools:
@@ -217,8 +229,9 @@ class _Pool:
 class _LoopPool:
     """The pool of one event loop."""
 
-    def __init__(self, route: Route) -> None:
-        self._opened = lambda: AsyncLine(_opened(httpx.AsyncClient, route))
+    def __init__(self, route: Route, transport: Transport) -> None:
+        room = {"room": math.inf} if transport == "aiohttp" else {}
+        self._opened = lambda: AsyncLine(_opened(httpx.AsyncClient, route, transport), **room)
         self.lines: list[AsyncLine] = []
 
     @contextmanager
@@ -239,7 +252,7 @@ class _LoopPools:
     """
 
     def __init__(self, owner: Pools, loop: asyncio.AbstractEventLoop) -> None:
-        self.pools: dict[Route, _LoopPool] = {}
+        self.pools: dict[tuple[Route, Transport], _LoopPool] = {}
         self._guard = _guarded(weakref.ref(owner), loop, self.pools)
         self._started = False
         self._users = 0
@@ -258,8 +271,8 @@ class _LoopPools:
             self._users -= 1
             await self._close_if_idle()
 
-    def pool(self, route: Route) -> _LoopPool:
-        return self.pools.setdefault(route, _LoopPool(route))
+    def pool(self, route: Route, transport: Transport) -> _LoopPool:
+        return self.pools.setdefault((route, transport), _LoopPool(route, transport))
 
     async def close(self) -> None:
         self._closing = True
@@ -271,7 +284,7 @@ class _LoopPools:
 
 
 async def _guarded(
-    owner: weakref.ref[Pools], loop: asyncio.AbstractEventLoop, pools: dict[Route, _LoopPool]
+    owner: weakref.ref[Pools], loop: asyncio.AbstractEventLoop, pools: dict[tuple[Route, Transport], _LoopPool]
 ) -> AsyncGenerator[None]:
     try:
         yield

@@ -18,7 +18,7 @@ import httpx
 from tenacity import AsyncRetrying, Retrying, sleep_using_event
 
 from regolo_rerank.calls import Call, Crew, EndedError, Event, LeftError
-from regolo_rerank.errors import APIConnectionError
+from regolo_rerank.errors import APIConnectionError, RegoloError
 from regolo_rerank.lines import AsyncLine, Line
 
 __all__ = ["AsyncLines", "Lines", "aended", "afinish", "ended", "finish"]
@@ -213,7 +213,14 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
                     call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    call.over.wait(call.terms.gate.held_for())
+    if held := call.terms.gate.held_for():
+        call.over.wait(held)
+    try:
+        attempt()
+    except RegoloError as error:
+        patience.has_failed(error)
+    else:
+        return
     Retrying(sleep=sleep_using_event(call.over), **patience.policy())(attempt)
 
 
@@ -239,6 +246,12 @@ async def _asend(
     pause = partial(_pause, call.over)
     if held := call.terms.gate.held_for():
         await pause(held)
+    try:
+        await attempt()
+    except RegoloError as error:
+        patience.has_failed(error)
+    else:
+        return
     await AsyncRetrying(sleep=pause, **patience.policy())(attempt)
 
 
