@@ -5,8 +5,7 @@ httpx's own pool goes through all of its requests and connections at each of the
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Final
 
 import httpx
@@ -55,7 +54,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        with _errors():
+        try:
             response = await self._opened().request(
                 request.method,
                 URL(str(request.url), encoded=True),
@@ -63,7 +62,14 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 data=request.content,
                 allow_redirects=False,
             )
-        return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response))
+        except aiohttp.ClientError as error:
+            problem = _as_httpx(error)
+        else:
+            if response.status >= 200:
+                return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response))
+            response.close()
+            problem = httpx.RemoteProtocolError("the server wants another protocol")
+        raise problem
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -77,20 +83,21 @@ class _Body(httpx.AsyncByteStream):
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _errors():
+        try:
             async for chunk in self._response.content.iter_any():
                 yield chunk
+        except aiohttp.ClientError as error:
+            problem = _as_httpx(error)
+        else:
+            return
+        raise problem
 
     async def aclose(self) -> None:
         self._response.close()
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn aiohttp's errors into httpx's."""
-    try:
-        yield
-    except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
-        raise httpx.ConnectError(str(error)) from error
-    except aiohttp.ClientError as error:
-        raise httpx.RemoteProtocolError(str(error) or type(error).__name__) from error
+def _as_httpx(error: aiohttp.ClientError) -> httpx.TransportError:
+    """Return the httpx error to raise in place of aiohttp's, which holds the request's headers and quotes the reply."""
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError):
+        return httpx.ConnectError(error.strerror if isinstance(error, OSError) else "the proxy refuses")
+    return httpx.RemoteProtocolError(f"the server hung up, or its reply is not HTTP ({type(error).__name__})")

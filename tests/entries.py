@@ -26,7 +26,7 @@ KINDS: dict[str, type[Reranker]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry point to a server, called in one mode."""
+    """One entry point to a server, called in one mode: sync, async, or aiohttp, which is async over that transport."""
 
     kind: type[Reranker]
     mode: str
@@ -34,7 +34,9 @@ class Entry:
 
     def opened(self, **options: Any) -> Reranker:
         """Return the entry point's object; all results are kept unless `top_n` says otherwise."""
-        return self.kind(**{"api_key": KEY, "base_url": self.url, "top_n": None, **options})
+        transport = "aiohttp" if self.mode == "aiohttp" else "httpx"
+        settings = {"api_key": KEY, "base_url": self.url, "top_n": None, "async_transport": transport}
+        return self.kind(**{**settings, **options})
 
     def rank(self, reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
         """Rank texts with an object that is open."""
