@@ -17,7 +17,11 @@ _log = logging.getLogger("regolo_rerank")
 
 
 class AdapterOptions(Reranker):
-    """The options that only adapters have."""
+    """The options that only adapters have.
+
+    Raises:
+        pydantic.ValidationError: On construction and on assignment, as in `Options`.
+    """
 
     top_n: Count | None = 5
     """Documents kept, the best first; None keeps all."""

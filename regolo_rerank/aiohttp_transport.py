@@ -99,5 +99,5 @@ class _Body(httpx.AsyncByteStream):
 def _as_httpx(error: aiohttp.ClientError) -> httpx.TransportError:
     """Return the httpx error to raise in place of aiohttp's, which holds the request's headers and quotes the reply."""
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError):
-        return httpx.ConnectError(error.strerror if isinstance(error, OSError) else "the proxy refuses")
+        return httpx.ConnectError((isinstance(error, OSError) and error.strerror) or "the proxy refuses")
     return httpx.RemoteProtocolError(f"the server hung up, or its reply is not HTTP ({type(error).__name__})")

@@ -11,26 +11,19 @@ import logging
 import os
 import shutil
 import sys
-import unicodedata
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from regolo_rerank import __version__
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
+from regolo_rerank.tables import encodable, harmless, lines
 
 if TYPE_CHECKING:
-    from regolo_rerank.ranking import RerankResponse, RerankResult
+    from regolo_rerank.ranking import RerankResponse
 
 __all__ = ["main"]
-
-_BLOCKS: Final = " ▏▎▍▌▋▊▉█"
-_ELLIPSIS: Final = "…"
-_SHOWN_CHARACTERS: Final = 4_096
-"""Of a text at most: thousands of marks on one letter take no column, but all the time and memory of a terminal."""
 
 _SILENT: Final = logging.NullHandler()
 
@@ -96,7 +89,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _failed(problem: str, status: int) -> int:
-    print(f"regolo-rerank: {_harmless(problem)}", file=sys.stderr)
+    print(f"regolo-rerank: {harmless(problem, _encoding())}", file=sys.stderr)
     return status
 
 
@@ -184,7 +177,7 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> Non
     if as_json:
         print(_json(response))
     elif response.results:
-        print(*_table(response.results, shutil.get_terminal_size().columns), sep="\n")
+        print(*lines(response.results, shutil.get_terminal_size().columns, encoding=_encoding()), sep="\n")
     else:
         print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
 
@@ -195,7 +188,7 @@ def _demo() -> None:
     except ModuleNotFoundError:
         raise InvalidInputError('the demo needs both frameworks: pip install "regolo_rerank[demo]"') from None
     for line in report():
-        print(_encodable(line))
+        print(encodable(line, _encoding()))
 
 
 def _documents(file: str) -> Iterator[str]:
@@ -240,72 +233,7 @@ def _json(response: "RerankResponse") -> str:
     del fields["meta"]
     text = json.dumps(fields, ensure_ascii=False)
     # ASCII is UTF-8 too: the way out for another encoding, and for half a surrogate pair.
-    return text if _encoding() == "utf-8" and _encodable(text) == text else json.dumps(fields)
-
-
-def _table(results: "list[RerankResult]", width: int) -> Iterator[str]:
-    """Yield one line a result, none wider than the terminal."""
-    blocks, ellipsis = (_BLOCKS, _ELLIPSIS) if _encodable(_BLOCKS + _ELLIPSIS) == _BLOCKS + _ELLIPSIS else (" #", "...")
-    bar_width = min(20, width // 8)
-    scores = [_shown_score(result.relevance_score) for result in results]
-    score_width = max(map(len, scores))
-    for rank, (result, score, share) in enumerate(zip(results, scores, _shares(results), strict=True), 1):
-        bar = _bar(share, bar_width, blocks)
-        line = f"{rank:{len(str(len(results)))}}  {score:>{score_width}}  {bar}  {_harmless(result.document)}"
-        yield _clipped(line, width, ellipsis)
-
-
-def _shown_score(score: float) -> str:
-    return f"{score:.4f}" if abs(score) < 10_000 else f"{score:.3e}"
-
-
-def _shares(results: "list[RerankResult]") -> list[float]:
-    """Return how much of its bar each score fills: the score itself, or its place between the worst and the best."""
-    scores = [result.relevance_score for result in results]
-    low, high = min(scores), max(scores)
-    if low >= 0 and high <= 1:
-        return scores
-    # Halves, because the span of the largest numbers is no number.
-    span = high / 2 - low / 2
-    return [(score / 2 - low / 2) / span if span else 1.0 for score in scores]
-
-
-def _bar(share: float, width: int, blocks: str) -> str:
-    """Draw a bar in the last of the blocks, its end in one of those between."""
-    whole, part = divmod(round(share * width * (len(blocks) - 1)), len(blocks) - 1)
-    return f"{blocks[-1] * whole}{blocks[part] if part else ''}".ljust(width)
-
-
-def _clipped(line: str, width: int, ellipsis: str) -> str:
-    """Cut a line to a number of columns, with an ellipsis where something is lost."""
-    ends = [0, *accumulate(map(_columns, line))]
-    if ends[-1] <= width:
-        return line
-    return line[: bisect_right(ends, width - len(ellipsis)) - 1] + ellipsis
-
-
-def _columns(character: str) -> int:
-    if unicodedata.category(character) in {"Mn", "Me"}:
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
-
-
-def _harmless(text: str) -> str:
-    """Return a text in one line that a terminal shows and does not obey."""
-    folded = _encodable(" ".join(text.split())[:_SHOWN_CHARACTERS])
-    return "".join(_shown_character(character) for character in folded)
-
-
-def _shown_character(character: str) -> str:
-    # Format characters hide or reorder text, and the emoji selector's width differs from terminal to terminal.
-    if unicodedata.category(character) == "Cf" or character == "\ufe0f":
-        return ""
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
-
-
-def _encodable(text: str) -> str:
-    """Return a text with a question mark for each character that standard output cannot take."""
-    return text.encode(_encoding(), "replace").decode(_encoding())
+    return text if _encoding() == "utf-8" and encodable(text, "utf-8") == text else json.dumps(fields)
 
 
 def _encoding() -> str:

@@ -61,12 +61,12 @@ class APIStatusError(RegoloError):
     """The server answered with a status that is not 2xx.
 
     Attributes:
-        status_code: The HTTP status.
-        request_id: The server's name for the request (header `x-litellm-call-id`), where it gives one.
-        code: The `code` of the error body, as a string.
-        type: The `type` of the error body, such as `budget_exceeded`.
-        body: The reply's body as text, clipped to 2,000 characters.
-        retry_after: Seconds that the server asked to wait, from a header or from its message.
+        status_code (int): The HTTP status.
+        request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
+        code (str | None): The `code` of the error body.
+        type (str | None): The `type` of the error body, such as `budget_exceeded`.
+        body (str): The reply's body as text, clipped to 2,000 characters.
+        retry_after (float | None): Seconds that the server asked to wait, from a header or from its message.
     """
 
     def __init__(
@@ -90,7 +90,11 @@ class APIStatusError(RegoloError):
 
 
 class BadRequestError(APIStatusError):
-    """400, 413 or 422: the request itself is wrong; sending it again cannot help."""
+    """400, 413 or 422: the request itself is wrong; sending it again cannot help.
+
+    LiteLLM, the gateway software, answers so to an unknown model, to a spent budget (`type` is `budget_exceeded`) and
+    to a document over the model's context length.
+    """
 
 
 class AuthenticationError(APIStatusError):
@@ -106,7 +110,7 @@ class NotFoundError(APIStatusError):
 
 
 class RateLimitError(APIStatusError):
-    """429: too many requests, even after the retries."""
+    """429: too many requests, even after the retries. Each request of a call, a retry included, counts."""
 
 
 class ServerError(APIStatusError):
@@ -120,9 +124,9 @@ class APIResponseError(RegoloError):
     sent, or gives a score that is not a finite number.
 
     Attributes:
-        request_id: The server's name for the request, where it gives one.
-        code: The `code` of an error inside the reply, as a string.
-        body: The reply's body as text, clipped to 2,000 characters.
+        request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
+        code (str | None): The `code` of an error inside the reply.
+        body (str): The reply's body as text, clipped to 2,000 characters.
     """
 
     def __init__(
@@ -156,6 +160,12 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 
 
 def error_for_status(status_code: int, message: str, **fields: Any) -> APIStatusError:
-    """Return the error of the class that stands for a status outside 2xx."""
+    """Return the error of the class that stands for a status.
+
+    Args:
+        status_code: The HTTP status, outside 2xx.
+        message: What went wrong.
+        **fields: Further attributes of `APIStatusError`, by name.
+    """
     fallback = ServerError if status_code >= 500 else APIStatusError
     return _BY_STATUS.get(status_code, fallback)(message, status_code=status_code, **fields)

@@ -31,15 +31,18 @@ _dispatcher = get_dispatcher(__name__)
 class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     """Reranks nodes with Regolo.ai's Rerank API.
 
-    The nodes that are kept come back as copies, with `score` set to the relevance score; the caller's own are never
-    changed.
+    `postprocess_nodes(nodes, query_bundle=None, query_str=None)` takes N nodes (`NodeWithScore`) and a query in one of
+    its two forms, and returns min(N, top_n) copies at most, the best first, with `score` set to the relevance score;
+    the caller's own are never changed. `apostprocess_nodes` is the same, natively async.
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any field below, by name.
+        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
+        RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
+            `RerankFallbackWarning` instead.
 
     Example:
         >>> from llama_index.core.schema import TextNode

@@ -32,7 +32,8 @@ def lexical_scores(query: str, documents: list[str]) -> list[float]:
         documents: N texts.
 
     Returns:
-        N numbers from 0 to 1: rapidfuzz's `token_set_ratio`, which knows neither word order nor case, over 100.
+        N numbers from 0 to 1, the best 1: rapidfuzz's `token_set_ratio`, which knows neither word order nor case, over
+        100.
 
     Raises:
         InvalidInputError: rapidfuzz is not installed.

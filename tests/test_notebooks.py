@@ -1,7 +1,10 @@
+import shutil
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - lists the fonts now, as a kernel may warn when it has to
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
@@ -14,6 +17,9 @@ from tests.stub import Stub
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS
 
+MAX_PICTURE_BYTES = 200_000
+"""Stored ones stay in the repository's history for good."""
+
 pytestmark = [pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)]
 
 Run = Callable[[Path], NotebookNode]
@@ -21,7 +27,7 @@ Run = Callable[[Path], NotebookNode]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a notebook in a fresh kernel of this interpreter, away from the user's settings and from the network."""
+    """Run a notebook in a copy of its folder and a fresh kernel of this interpreter, without settings or network."""
     write_kernel_spec(tmp_path / "kernels" / "python3")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
@@ -30,7 +36,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
     def execute(path: Path) -> NotebookNode:
-        return NotebookClient(read(path), resources={"metadata": {"path": str(tmp_path)}}).execute()
+        folder = shutil.copytree(path.parent, tmp_path / "notebooks")
+        return NotebookClient(read(path), resources={"metadata": {"path": str(folder)}}).execute()
 
     return execute
 
@@ -45,11 +52,23 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def printed(notebook: NotebookNode) -> list[str]:
-    """Return what each code cell printed; a warning, an error or any other output fails."""
-    for cell in code_cells(notebook):
-        assert [output for output in cell.outputs if output.get("name") != "stdout"] == []
-    return ["".join(output.text for output in cell.outputs) for cell in code_cells(notebook)]
+def shown(notebook: NotebookNode) -> list[str]:
+    """Return what each code cell shows, a mark for a picture; a warning, an error or any other output fails."""
+    return ["".join(map(_shown, cell.outputs)) for cell in code_cells(notebook)]
+
+
+def _shown(output: NotebookNode) -> str:
+    if output.output_type == "stream":
+        assert output.name == "stdout", output.text
+        return str(output.text)
+    assert output.output_type in {"display_data", "execute_result"}, output
+    # The plain text beside a picture or a table may hold an address in memory or an id.
+    if "image/png" in output.data:
+        picture = b64decode(output.data["image/png"])
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) <= MAX_PICTURE_BYTES
+        return "<picture>"
+    return str(output.data["text/html"])
 
 
 def test_it_is_stored_as_it_was_run(path: Path) -> None:
@@ -61,11 +80,11 @@ def test_it_is_stored_as_it_was_run(path: Path) -> None:
 
 
 def test_it_runs_without_a_key(run: Run, path: Path) -> None:
-    """Without key and network each cell prints what is stored, to the letter on the Python that stored it."""
+    """Without key and network each cell shows what is stored, to the letter on the Python that stored it."""
     stored, fresh = read(path), run(path)
-    assert list(map(bool, printed(stored))) == list(map(bool, printed(fresh)))
+    assert list(map(bool, shown(stored))) == list(map(bool, shown(fresh)))
     if stored.metadata.language_info.version.split(".")[:2] == [str(part) for part in sys.version_info[:2]]:
-        assert printed(stored) == printed(fresh)
+        assert shown(stored) == shown(fresh)
 
 
 def test_it_runs_with_a_key(run: Run, path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +92,6 @@ def test_it_runs_with_a_key(run: Run, path: Path, stub: Stub, monkeypatch: pytes
     monkeypatch.setenv("REGOLO_API_KEY", KEY)
     monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
     notebook = run(path)
-    assert all(printed(notebook))
+    assert all(shown(notebook))
     assert {request.headers.get("authorization") for request in stub.received} == {f"Bearer {KEY}"}
     assert KEY not in str(notebook)
