@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PermissionDeniedError,
         RateLimitError,
         RegoloError,
+        RerankCacheWarning,
         RerankFallbackWarning,
         ServerError,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "RateLimitError",
     "RegoloClient",
     "RegoloError",
+    "RerankCacheWarning",
     "RerankFallbackWarning",
     "RerankResponse",
     "RerankResult",

@@ -9,12 +9,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Final, Generic, TypeVar
 
 import httpx
 from pydantic import SecretStr
 
+from regolo_rerank.cache import KnownScores, identity
 from regolo_rerank.errors import (
     APIConnectionError,
     APIResponseError,
@@ -125,6 +127,22 @@ class Terms:
         self._arguments = arguments
         return arguments
 
+    def known_scores(self, query: str) -> KnownScores | None:
+        """Return the scores that the caller's cache holds for a query string."""
+        options = self.options
+        if options.cache is None:
+            return None
+        return KnownScores(
+            options.cache,
+            str(self.endpoint.url),
+            options.model,
+            options.extra_body,
+            identity(options.scorer),
+            self.prompt_format.document,
+            self.prompt_format.escape,
+            query,
+        )
+
     def crew_for_many(self) -> "Crew[Event]":
         """Return the workers for one call after another, with enough under way that a slow one keeps nobody idle."""
         most = self.options.max_concurrency
@@ -147,7 +165,6 @@ class Call(Generic[Event]):
 
     Raises:
         InvalidInputError: Query or documents are wrong.
-        MissingAPIKeyError: The endpoint demands a key, and there is none.
     """
 
     def __init__(self, terms: Terms, query: str, documents: Iterable[str], over: Event) -> None:
@@ -155,13 +172,50 @@ class Call(Generic[Event]):
         self.over: Event = over
         self.plan = Plan(checked_query(query), checked_documents(documents, str), terms.options, terms.prompt_format)
         self.crew: Crew[Event] | None = None
-        self._arguments = terms.arguments() if self.plan.batches else {}
+        self._known = terms.known_scores(self.plan.query)
+        self._arguments: dict[str, Any] = {}
         self._patience: dict[range, Patience] = {}
-        self._unranked = len(self.plan.batches)
+        self._unranked = 0
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
+
+    def prepare(self, *, alone: bool = False) -> Future[None] | None:
+        """Find out what has to be sent.
+
+        Args:
+            alone: Whether to send even what another call is just asking for.
+
+        Returns:
+            None when the call can go on. Otherwise what ends when another call has ended: it is asking for the same
+            pairs, and this call should be prepared again, to find their scores in the cache.
+
+        Raises:
+            InvalidInputError: The key would travel in the clear.
+            MissingAPIKeyError: The endpoint demands a key, and there is none.
+        """
+        known: dict[str, float] = {}
+        if self._known is not None:
+            known = self._known.look_up(self.plan.texts)
+            unknown = [text for text in self.plan.texts if text not in known]
+            if not alone and (other := self._known.claim(unknown)) is not None:
+                return other
+        try:
+            if known:
+                self.plan.cut(known)
+            self._arguments = self.terms.arguments() if self.plan.batches else {}
+        except RegoloError:
+            self.close()
+            raise
+        self._unranked = len(self.plan.batches)
         if not self._unranked:
-            over.set()
+            self.close()
+        return None
+
+    def close(self) -> None:
+        """End the call, ranked or not; what has not started never starts."""
+        self.over.set()
+        if self._known is not None:
+            self._known.release()
 
     def crew_of_its_own(self) -> "Crew[Event]":
         """Return as many workers as this call alone can use."""
@@ -191,7 +245,9 @@ class Call(Generic[Event]):
         request_id = request_id_of(response.headers)
         _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
         if response.is_success:
-            self.plan.learn(batch, read_reply(body, response.headers, key), request_id, patience.sent)
+            scores = self.plan.learn(batch, read_reply(body, response.headers, key), request_id, patience.sent)
+            if self._known is not None:
+                self._known.keep({self.plan.texts[slot]: score for slot, score in scores.items()})
             self.terms.gate.took(time.monotonic() - started)
             return
         error = read_error(response.status_code, body, response.headers, key)
@@ -209,14 +265,15 @@ class Call(Generic[Event]):
         """Count a batch whose scores are known; the last one ends the call."""
         with self._lock:
             self._unranked -= 1
-            if not self._unranked:
-                self.over.set()
+            ranked = not self._unranked
+        if ranked:
+            self.close()
 
     def fail(self, error: BaseException) -> None:
         """End the call with the first final failure; what has not started never starts."""
         if not self.over.is_set():
             self._failure = error
-            self.over.set()
+            self.close()
 
     def response(self) -> RerankResponse:
         """Return the ranking of a call that has ended, or raise what ended it."""

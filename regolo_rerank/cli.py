@@ -1,4 +1,4 @@
-"""The command line: `regolo-rerank rank` for your own texts, `regolo-rerank demo` to see what reranking does.
+"""The command line: `regolo-rerank rank` for texts, `bulk` for many queries, `demo` to see what reranking changes.
 
 Frameworks and the client are imported by the command that needs them, so that `--help` comes at once.
 """
@@ -12,33 +12,51 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 from regolo_rerank import __version__
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
 from regolo_rerank.tables import encodable, harmless, lines
 
 if TYPE_CHECKING:
+    from regolo_rerank import RegoloClient
     from regolo_rerank.ranking import RerankResponse
 
 __all__ = ["main"]
 
 _SILENT: Final = logging.NullHandler()
 
+_BULK: Final = """\
+Rank the documents of many queries. A line of IN is a query:
+
+  {"id": "q1", "query": "...", "documents": ["...", {"id": "d2", "text": "..."}]}
+
+and one of OUT its ranking, the best document first:
+
+  {"id": "q1", "results": [{"index": 1, "relevance_score": 0.97, "id": "d2"}]}
+
+A query that fails is a line of OUT.errors, with its error; that file can be run
+as IN again. A run that was stopped, by whatever it was, goes on where it was
+when it is run again; with another IN it is refused.
+"""
+
 _EPILOG: Final = """\
 examples:
   regolo-rerank rank "capital of China" cities.txt --top-n 3
   grep -h price *.md | regolo-rerank rank "what does it cost?" --threshold 0.5
   regolo-rerank rank --local "capital of China" cities.txt
+  regolo-rerank bulk queries.jsonl rankings.jsonl --top-n 10
   regolo-rerank demo
 
 The API key is read from the environment variable REGOLO_API_KEY, and never from
 an argument, which others could see in the list of processes.
 
-exit status: 0 done, 1 the service said no or failed, 2 wrong use,
-130 interrupted
+exit status: 0 done, 1 the service said no or failed (bulk: for a query at
+least), 2 wrong use, 130 interrupted
 """
 
 
@@ -55,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("regolo_rerank").addHandler(_SILENT)
     try:
         try:
-            _run(sys.argv[1:] if argv is None else list(argv))
+            return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             print(end="", flush=True)
     except MissingAPIKeyError:
-        return _failed("no API key: set the environment variable REGOLO_API_KEY, or try without one by rank --local", 2)
+        return _failed("no API key: set the environment variable REGOLO_API_KEY, or try without one by --local", 2)
     except InvalidInputError as error:
         return _failed(str(error), 2)
     except RegoloError as error:
@@ -71,10 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     parser, rank = _parsers()
     # Options between QUERY and FILE take intermixed parsing, which knows neither commands nor "--".
     if argv[:1] == ["rank"] and "--" not in argv:
@@ -85,7 +102,8 @@ def _run(argv: list[str]) -> None:
         # Without its value, which might be a key.
         parser.error(f"unknown argument {unknown[0].partition('=')[0]}")
     arguments = vars(parsed)
-    arguments.pop("run")(**arguments)
+    status: int = arguments.pop("run")(**arguments)
+    return status
 
 
 def _failed(problem: str, status: int) -> int:
@@ -138,20 +156,20 @@ def _parsers() -> tuple[_Parser, _Parser]:
         default=["-"],
         help="documents, one a line; in *.jsonl, one object with a field text a line; - or no file: standard input",
     )
-    rank.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
-    rank.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
-    rank.add_argument("--model", metavar="NAME", help="the reranking model")
-    rank.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
     rank.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
-    server = rank.add_mutually_exclusive_group()
-    server.add_argument("--base-url", metavar="URL", help="the server; else the environment's REGOLO_BASE_URL")
-    server.add_argument(
-        "--local",
-        action="store_const",
-        const="local://",
-        dest="base_url",
-        help="score by shared words on this machine, without key, network or model",
+    _add_options(rank)
+
+    bulk = commands.add_parser(
+        "bulk",
+        help="rank the documents of many queries, from a file into a file",
+        description=_BULK,
+        argument_default=argparse.SUPPRESS,
     )
+    bulk.set_defaults(run=_bulk)
+    bulk.add_argument("source", metavar="IN", help="queries, one JSON object a line; - is standard input")
+    bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
+    _add_options(bulk)
+    bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
 
     demo = commands.add_parser(
         "demo",
@@ -162,17 +180,37 @@ def _parsers() -> tuple[_Parser, _Parser]:
     return parser, rank
 
 
-def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> None:
+def _add_options(parser: _Parser) -> None:
+    """Add the options of the client."""
+    parser.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
+    parser.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    parser.add_argument("--model", metavar="NAME", help="the reranking model")
+    parser.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument("--base-url", metavar="URL", help="the server; else the environment's REGOLO_BASE_URL")
+    server.add_argument(
+        "--local",
+        action="store_const",
+        const="local://",
+        dest="base_url",
+        help="score by shared words on this machine, without key, network or model",
+    )
+
+
+def _client(options: dict[str, Any]) -> "RegoloClient":
     from pydantic import ValidationError
 
     from regolo_rerank import RegoloClient
 
-    documents = [document for file in files for document in _documents(file)]
     try:
-        client = RegoloClient(**options)
+        return RegoloClient(**options)
     except ValidationError as error:
         raise InvalidInputError("; ".join(f"{line['loc'][0]}: {line['msg']}" for line in error.errors())) from None
-    with client:
+
+
+def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int:
+    documents = [document for file in files for document in _documents(file)]
+    with _client(options) as client:
         response = client.rerank(query, documents)
     if as_json:
         print(_json(response))
@@ -180,15 +218,45 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> Non
         print(*lines(response.results, shutil.get_terminal_size().columns, encoding=_encoding()), sep="\n")
     else:
         print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
+    return 0
 
 
-def _demo() -> None:
+def _bulk(source: str, out: str, **options: Any) -> int:
+    from regolo_rerank.bulk import resumed
+    from regolo_rerank.progress import progress
+
+    if out == "-":
+        raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
+    seen = sys.stderr is not None and sys.stderr.isatty()
+    shown = seen and find_spec("tqdm") is not None
+    with _client(options) as client, _queries(source) as lines, resumed(client, lines, source, Path(out)) as run:
+        if seen and not shown:
+            print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
+        try:
+            with progress(run.size, unit="B", initial=run.at, shown=shown) as advance:
+                run.rank(client, advance)
+        finally:
+            print(f"regolo-rerank: {harmless(str(run), _encoding())}", file=sys.stderr)
+    return 1 if run.failed else 0
+
+
+def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":
+    if file == "-":
+        return nullcontext(_standard_input("queries, one a line"))
+    try:
+        return Path(file).open("rb")
+    except OSError as error:
+        raise InvalidInputError(f"{file}: {error.strerror}") from None
+
+
+def _demo() -> int:
     try:
         from regolo_rerank.demo import report
     except ModuleNotFoundError:
         raise InvalidInputError('the demo needs both frameworks: pip install "regolo_rerank[demo]"') from None
     for line in report():
         print(encodable(line, _encoding()))
+    return 0
 
 
 def _documents(file: str) -> Iterator[str]:
@@ -201,19 +269,20 @@ def _documents(file: str) -> Iterator[str]:
 def _text(file: str) -> str:
     name = "standard input" if file == "-" else file
     try:
-        return (_input() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
+        content = _standard_input("documents, one a line").read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise InvalidInputError(f"{name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def _input() -> bytes:
+def _standard_input(awaited: str) -> BinaryIO:
     if sys.stdin is None:
         raise InvalidInputError("standard input: closed")
     if sys.stdin.isatty():
-        print("reading documents, one a line, until the end of input", file=sys.stderr)
-    return sys.stdin.buffer.read()
+        print(f"reading {awaited}, until the end of input", file=sys.stderr)
+    return sys.stdin.buffer
 
 
 def _field(line: str, place: str) -> str:

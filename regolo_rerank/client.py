@@ -20,7 +20,7 @@ from regolo_rerank.options import Options
 from regolo_rerank.pools import Pools
 from regolo_rerank.progress import progress
 from regolo_rerank.ranking import RerankResponse
-from regolo_rerank.sending import AsyncLines, Lines, aended, afinish, ended, finish
+from regolo_rerank.sending import AsyncLines, Lines, aended, afinish, aprepare, ended, finish, prepare
 
 __all__ = ["RegoloClient", "Reranker"]
 
@@ -105,20 +105,22 @@ class Reranker(Options):
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
             terms = self._terms(arguments, self.http_client)
-            call = Call(terms, query, documents, threading.Event())
-            if call.plan.batches:
-                with self._lines(terms) as lines:
-                    finish(call, lines)
-            return call.response()
+            with closing(Call(terms, query, documents, threading.Event())) as call:
+                prepare(call)
+                if call.plan.batches:
+                    with self._lines(terms) as lines:
+                        finish(call, lines)
+                return call.response()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
             terms = self._terms(arguments, self.async_http_client)
-            call = Call(terms, query, documents, asyncio.Event())
-            if call.plan.batches:
-                async with self._async_lines(terms) as lines:
-                    await afinish(call, lines)
-            return call.response()
+            with closing(Call(terms, query, documents, asyncio.Event())) as call:
+                await aprepare(call)
+                if call.plan.batches:
+                    async with self._async_lines(terms) as lines:
+                        await afinish(call, lines)
+                return call.response()
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""
@@ -341,12 +343,11 @@ class RegoloClient(Reranker):
     def _many(
         self, terms: Terms, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> Iterator[RerankResponse | RegoloError]:
-        calls = (_called(terms, index, pair, threading.Event()) for index, pair in enumerate(pairs))
         crew: Crew[threading.Event] = terms.crew_for_many()
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
             self._lines(terms) as lines,
-            closing(ended(calls, crew, lines)) as done,
+            closing(ended(_calls(terms, pairs), crew, lines)) as done,
         ):
             for call in done:
                 outcome = _outcome(call, return_exceptions=return_exceptions)
@@ -356,31 +357,16 @@ class RegoloClient(Reranker):
     async def _amany(
         self, terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> AsyncIterator[RerankResponse | RegoloError]:
-        async def called() -> AsyncGenerator[Call[asyncio.Event] | RegoloError]:
-            index = 0
-            async for pair in _each(pairs):
-                yield _called(terms, index, pair, asyncio.Event())
-                index += 1
-
         crew: Crew[asyncio.Event] = terms.crew_for_many()
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             async with (
                 self._async_lines(terms) as lines,
-                aclosing(aended(called(), crew, lines)) as done,
+                aclosing(aended(_acalls(terms, pairs), crew, lines)) as done,
             ):
                 async for call in done:
                     outcome = _outcome(call, return_exceptions=return_exceptions)
                     advance()
                     yield outcome
-
-
-async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
 
 
 def _check_pairs(pairs: object, *kinds: type) -> None:
@@ -398,12 +384,42 @@ def _checked_pair(pair: object) -> Pair:
     return pair[0], pair[1]
 
 
-def _called(terms: Terms, index: int, pair: Pair, over: Event) -> Call[Event] | RegoloError:
-    """Return the call for a pair, or what is wrong with it."""
-    try:
-        return Call(terms, *_checked_pair(pair), over)
-    except InvalidInputError as error:
-        return InvalidInputError(f"pairs[{index}]: {error}")
+def _calls(terms: Terms, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | RegoloError]:
+    """Give the call for each pair, or what is wrong with the pair."""
+    call: Call[threading.Event] | RegoloError
+    for index, pair in enumerate(pairs):
+        try:
+            call = Call(terms, *_checked_pair(pair), threading.Event())
+            prepare(call)
+        except InvalidInputError as error:
+            call = InvalidInputError(f"pairs[{index}]: {error}")
+        yield call
+
+
+async def _acalls(
+    terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair]
+) -> AsyncGenerator[Call[asyncio.Event] | RegoloError]:
+    """Do the same for an async iterable too."""
+    call: Call[asyncio.Event] | RegoloError
+    index = 0
+    async with aclosing(_each(pairs)) as given:
+        async for pair in given:
+            try:
+                call = Call(terms, *_checked_pair(pair), asyncio.Event())
+                await aprepare(call)
+            except InvalidInputError as error:
+                call = InvalidInputError(f"pairs[{index}]: {error}")
+            yield call
+            index += 1
+
+
+async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
 
 
 def _outcome(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> RerankResponse | RegoloError:

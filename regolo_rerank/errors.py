@@ -32,6 +32,7 @@ __all__ = [
     "PermissionDeniedError",
     "RateLimitError",
     "RegoloError",
+    "RerankCacheWarning",
     "RerankFallbackWarning",
     "ServerError",
 ]
@@ -141,6 +142,10 @@ class APIResponseError(RegoloError):
         self.request_id = request_id
         self.code = code
         self.body = body
+
+
+class RerankCacheWarning(UserWarning):
+    """The mapping given as `cache` failed, and the call went on without it."""
 
 
 class RerankFallbackWarning(UserWarning):

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
 
@@ -23,6 +23,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    PlainValidator,
     SecretStr,
     Tag,
     ValidationError,
@@ -120,6 +121,12 @@ def _environment_key() -> SecretStr:
 def _dumped_key(key: SecretStr | None) -> str | None:
     # "" is no secret but a decision: send none, whatever the environment has.
     return "" if key is not None and not key.get_secret_value() else None
+
+
+def _checked_cache(cache: object) -> object:
+    if cache is not None and not all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__")):
+        raise ValueError("must be a mapping that can be written, such as a dict")
+    return cache
 
 
 def _checked_text(text: str) -> str:
@@ -247,6 +254,12 @@ class Options(BaseModel):
 
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
+
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_checked_cache)]] = Field(
+        default=None, exclude=True, repr=False
+    )
+    """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
+    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""

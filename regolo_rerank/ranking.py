@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from regolo_rerank.errors import APIResponseError, InvalidInputError
@@ -147,7 +147,9 @@ class Plan:
         prompt_format: How texts are put into words for the model.
 
     Attributes:
-        batches: One range a request, over the distinct texts; empty where there is nothing to score.
+        query: The query string of all requests.
+        texts: The distinct texts of the documents, those that have to be sent first.
+        batches: One range a request, over the texts; empty where there is nothing to send.
 
     Raises:
         InvalidInputError: The query alone fills a request.
@@ -157,28 +159,43 @@ class Plan:
         self._documents = documents
         self._options = options
         self._format = prompt_format
-        self._query = prompt_format.format_query(query, options.instruction)
-        self._slots, self._texts = _distinct(documents, options.max_document_chars)
+        self.query = prompt_format.format_query(query, options.instruction)
+        self._slots, self.texts = _distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._receipts: dict[range, _Receipt] = {}
-        self.batches = self._cut()
+        self.cut({})
+
+    def cut(self, known: Mapping[str, float]) -> None:
+        """Cut into batches what has to be sent: the texts without a known score."""
+        if known:
+            texts = [*(text for text in self.texts if text not in known), *known]
+            numbers = dict(zip(texts, range(len(texts)), strict=True))
+            self._slots = [None if slot is None else numbers[self.texts[slot]] for slot in self._slots]
+            self._scores = {numbers[text]: score for text, score in known.items()}
+            self.texts = texts
+        self.batches = self._cut(len(self.texts) - len(known))
 
     def request(self, batch: range) -> bytes:
         """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
-        return self._encoded(self._format.format_documents(self._texts[batch.start : batch.stop]))
+        return self._encoded(self._format.format_documents(self.texts[batch.start : batch.stop]))
 
     def _sent(self, slot: int) -> str:
-        return self._format.format_document(self._texts[slot])
+        return self._format.format_document(self.texts[slot])
 
     def _encoded(self, documents: list[str]) -> bytes:
-        body: dict[str, Any] = {"model": self._options.model, "query": self._query, "documents": documents}
-        if self._options.top_n is not None and documents:
-            body["top_n"] = min(self._options.top_n, len(documents))
+        body: dict[str, Any] = {"model": self._options.model, "query": self.query, "documents": documents}
+        if documents and (asked := self._asked(len(documents))) is not None:
+            body["top_n"] = asked
         return encoded((self._options.extra_body or {}) | body)
 
-    def _cut(self) -> list[range]:
-        """Cut the texts into as few batches as the limits allow, even ones where that keeps within the bytes."""
-        count, most = len(self._texts), self._options.batch_size
+    def _asked(self, count: int) -> int | None:
+        """Return the top_n of a request with that many documents; for a cache, every score is learnt."""
+        top_n = self._options.top_n
+        return None if top_n is None or self._options.cache is not None else min(top_n, count)
+
+    def _cut(self, count: int) -> list[range]:
+        """Cut the first texts into as few batches as the limits allow, even ones where that keeps within the bytes."""
+        most = self._options.batch_size
         budget = self._options.max_request_bytes - len(self._encoded([])) - len(b',"top_n":') - len(str(most))
         if budget <= 0:
             raise InvalidInputError(
@@ -187,7 +204,7 @@ class Plan:
             )
         even = _even(count, -(-count // most))
         # Most calls are far below the limit: then nothing needs to be encoded to know it.
-        longest = max(map(len, self._texts), default=0) + len(self._format.document)
+        longest = max(map(len, islice(self.texts, count)), default=0) + len(self._format.document)
         if min(most, count) * (longest * _BYTES_A_CHARACTER + len(b'"",')) <= budget:
             return even
         sizes = [len(encoded(self._sent(slot))) + 1 for slot in range(count)]
@@ -202,8 +219,8 @@ class Plan:
         fits = all(len(batch) <= most and ends[batch.stop] - ends[batch.start] <= budget for batch in even)
         return even if fits else packed
 
-    def learn(self, batch: range, reply: Reply, request_id: str | None, sent: int) -> None:
-        """Check a batch's reply against what was asked, and keep its scores.
+    def learn(self, batch: range, reply: Reply, request_id: str | None, sent: int) -> dict[int, float]:
+        """Check a batch's reply against what was asked, keep its scores, and return them by the place of their text.
 
         Args:
             batch: The batch.
@@ -215,7 +232,7 @@ class Plan:
             APIResponseError: It leaves a document out, names one twice, names one that was not sent, or belongs to
                 another request.
         """
-        asked = min(self._options.top_n or len(batch), len(batch))
+        asked = self._asked(len(batch)) or len(batch)
         scores: dict[int, float] = {}
         for result in reply.results:
             if not 0 <= result.index < len(batch):
@@ -236,11 +253,12 @@ class Plan:
                 raise _untrusted("it echoes other documents than were sent", request_id)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
+        return scores
 
     def longest(self, batch: range) -> tuple[int, int]:
         """Return the index and the length in characters of the longest document that a batch sends."""
-        slot = max(batch, key=lambda slot: len(self._texts[slot]))
-        return self._slots.index(slot), len(self._texts[slot])
+        slot = max(batch, key=lambda slot: len(self.texts[slot]))
+        return self._slots.index(slot), len(self.texts[slot])
 
     def response(self) -> RerankResponse:
         """Return the ranking, once every batch's reply is known."""

@@ -21,12 +21,42 @@ from regolo_rerank.calls import Call, Crew, EndedError, Event, LeftError
 from regolo_rerank.errors import APIConnectionError, RegoloError
 from regolo_rerank.lines import AsyncLine, Line
 
-__all__ = ["AsyncLines", "Lines", "aended", "afinish", "ended", "finish"]
+__all__ = ["AsyncLines", "Lines", "aended", "afinish", "aprepare", "ended", "finish", "prepare"]
 
 Lines = Callable[[], AbstractContextManager[Line | httpx.Client]]
 AsyncLines = Callable[[], AbstractContextManager[AsyncLine | httpx.AsyncClient]]
 
 T = TypeVar("T", bound=BaseException)
+
+
+def prepare(call: Call[threading.Event]) -> None:
+    """Find out what a call has to send, after the calls that are asking for the same."""
+    bound = call.terms.options.max_retry_seconds
+    alone = _in_an_event_loop()  # whose calls would wait for this one to end
+    while (other := call.prepare(alone=alone)) is not None:
+        try:
+            other.result(bound)
+        except TimeoutError:
+            alone = True
+
+
+async def aprepare(call: Call[asyncio.Event]) -> None:
+    """Do the same without blocking the event loop."""
+    alone = False
+    while (other := call.prepare(alone=alone)) is not None:
+        try:
+            async with asyncio.timeout(call.terms.options.max_retry_seconds):
+                await asyncio.shield(asyncio.wrap_future(other))
+        except TimeoutError:
+            alone = True
+
+
+def _in_an_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def finish(call: Call[threading.Event], lines: Lines) -> None:
@@ -196,7 +226,7 @@ def _is_over(call: Call[Event] | BaseException) -> bool:
 def _give_up(pending: deque[Call[Event] | T]) -> None:
     for call in pending:
         if isinstance(call, Call):
-            call.over.set()
+            call.close()
 
 
 def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, *, follows_success: bool) -> None:
