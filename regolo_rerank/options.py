@@ -178,9 +178,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(
         arbitrary_types_allowed=True,
+        defer_build=True,  # of the classes in between, nobody makes an object
         extra="forbid",
         hide_input_in_errors=True,
-        use_attribute_docstrings=True,
         validate_assignment=True,
     )
 

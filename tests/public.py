@@ -1,7 +1,10 @@
 """What of the package is public, and what it holds and takes."""
 
+import ast
 import inspect
+import textwrap
 from dataclasses import is_dataclass
+from itertools import pairwise
 from types import FunctionType
 from typing import Any, is_typeddict
 
@@ -18,7 +21,7 @@ def is_ours(thing: Any) -> bool:
 
 def methods_of(cls: type) -> dict[str, FunctionType]:
     """Return the public methods that a class defines itself, by name."""
-    members = {name: getattr(member, "__func__", member) for name, member in vars(cls).items()}
+    members = {name: getattr(member, "__func__", member) for name, member in list(vars(cls).items())}
     return {
         name: member
         for name, member in members.items()
@@ -33,6 +36,18 @@ def fields_of(cls: type) -> set[str]:
     if issubclass(cls, APIStatusError | APIResponseError):
         return set(vars(cls("message")))
     return set(cls.__annotations__) if is_dataclass(cls) or is_typeddict(cls) else set()
+
+
+def descriptions_of(cls: type) -> dict[str, str]:
+    """Return the docstrings of a model's fields, those of its bases included, as editors and the API page read them."""
+    descriptions = {}
+    for base in filter(is_ours, reversed(cls.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, docstring in pairwise(getattr(definition, "body", [])):
+            match field, docstring:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    descriptions[name] = text
+    return descriptions
 
 
 def parameters_of(method: FunctionType) -> set[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from regolo_rerank import RegoloError
 from regolo_rerank.adapter import AdapterOptions
-from tests.public import CLASSES, PUBLIC, fields_of, is_ours, methods_of, parameters_of
+from tests.public import CLASSES, PUBLIC, descriptions_of, fields_of, is_ours, methods_of, parameters_of
 
 Kind = griffe.DocstringSectionKind
 
@@ -69,7 +69,7 @@ def test_a_class_tells_of_what_it_holds(cls: type) -> None:
     if not issubclass(cls, BaseModel):
         assert told(cls, Kind.attributes) == fields_of(cls) - set().union(*map(fields_of, cls.__bases__))
         return
-    described = {name for name in fields_of(cls) if cls.model_fields[name].description}
+    described = descriptions_of(cls).keys() & fields_of(cls)
     assert fields_of(cls) == described | told(cls, Kind.attributes)
     assert f"pydantic.{ValidationError.__name__}" in told(cls, Kind.raises)
 
@@ -79,4 +79,5 @@ def test_a_number_has_a_unit() -> None:
     fields = AdapterOptions.model_fields
     numbers = [name for name, field in fields.items() if re.search(r"\b(int|float)\b", str(field.annotation))]
     assert len(numbers) >= 9
-    assert [name for name in numbers if not any(unit in str(fields[name].description).lower() for unit in UNITS)] == []
+    descriptions = descriptions_of(AdapterOptions)
+    assert [name for name in numbers if not any(unit in descriptions[name].lower() for unit in UNITS)] == []

@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from regolo_rerank import InvalidInputError, PromptFormat, RegoloClient, RegoloError
-from regolo_rerank.options import Options
 from tests.conftest import KEY, Rank
 from tests.stub import Stub
 
@@ -191,11 +190,6 @@ def test_json_schema_names_the_options() -> None:
     schema = RegoloClient.model_json_schema()
     assert schema["properties"].keys() >= {"model", "top_n", "timeout"}
     assert not schema["properties"].keys() & {"http_client", "scorer"}
-
-
-def test_every_option_is_documented() -> None:
-    """Each option has a description, which documentation and schemas show."""
-    assert not [name for name, field in Options.model_fields.items() if not field.description]
 
 
 def test_a_call_never_raises_pydantics_error(rank: Rank, client: RegoloClient) -> None:
