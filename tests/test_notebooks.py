@@ -17,7 +17,7 @@ from tests.stub import Stub
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS
 
-MAX_PICTURE_BYTES = 200_000
+MAX_PICTURE_BYTES = 60_000
 """Stored ones stay in the repository's history for good."""
 
 pytestmark = [pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)]
