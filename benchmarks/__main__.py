@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     choose = parser.add_argument
     choose("measures", nargs="*", metavar="MEASURE", type=_measure, help=f"of {', '.join(MEASURES)}; none is all")
     choose(
-        "--short", action="store_true", help=f"{' and '.join(SHORT)} without peers, with a margin of {MARGIN - 1:.0%}"
+        "--short", action="store_true", help=f"{' and '.join(SHORT)} without peers, with a margin of {MARGIN - 1:.0%}%"
     )
     choose("--rounds", type=int, metavar="N", help="rounds of each measure, in place of its own number")
     choose("--json", type=Path, metavar="FILE", default=Path("build/benchmarks.json"), help="default: %(default)s")

@@ -52,7 +52,7 @@ BOUNDS = (
     Bound("batches", "RegoloClient", 1.1),
     Bound("batches", "RegoloClient, async", 1.1),
     Bound("import", "regolo_rerank", 15.0, short=True),
-    Bound("import-langchain", "LangChain RegoloRerank and its first call", 1.5, short=True),
+    Bound("import-langchain", "LangChain RegoloRerank and its first request", 1.5, short=True),
     Bound("idle", "RegoloClient", 0.0),
     Bound("idle", "RegoloClient on httpx", 0.0),
     Bound("idle", "RegoloClient on aiohttp", 0.0),

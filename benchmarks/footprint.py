@@ -16,7 +16,11 @@ from benchmarks.texts import documents
 __all__ = ["imports", "memory"]
 
 _EMPTY = "an empty interpreter"
-_FIRST_CALL = """\
+_FIRST_REQUEST = """\
+from regolo_rerank.langchain import RegoloRerank
+RegoloRerank(api_key="made-up", base_url="{url}").rerank(["Beijing"], "capital of China")
+"""
+_FIRST_RUN = """\
 from langchain_core.documents import Document
 from regolo_rerank.langchain import RegoloRerank
 RegoloRerank(api_key="made-up", base_url="{url}").compress_documents([Document("Beijing")], "capital of China")
@@ -25,7 +29,8 @@ _OURS = {
     _EMPTY: "",
     "regolo_rerank": "import regolo_rerank",
     "langchain_core compressor": "import langchain_core.documents.compressor",
-    "LangChain RegoloRerank and its first call": _FIRST_CALL,
+    "LangChain RegoloRerank and its first request": _FIRST_REQUEST,
+    "the same, as a run that LangChain could trace": _FIRST_RUN,
 }
 _PEERS = {
     "LangChain CohereRerank": "from langchain_cohere import CohereRerank",

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import time
@@ -113,7 +114,15 @@ def test_every_bound_names_subjects_that_are_measured() -> None:
     """No bound of the calls rests on a name that nothing is measured under."""
     named = {bound.subject for bound in BOUNDS} | {bound.against for bound in BOUNDS if bound.against}
     known = subjects.FLOORS | subjects.OURS | subjects.PEERS | subjects.ASYNC_OURS | subjects.at_once(8)
-    assert named - known.keys() == {"regolo_rerank", "LangChain RegoloRerank and its first call"}
+    assert named - known.keys() == {"regolo_rerank", "LangChain RegoloRerank and its first request"}
+
+
+def test_the_help_names_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be measured is in the help."""
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    assert command.MEASURES.keys() <= set(re.findall(r"\w+", capsys.readouterr().out))
 
 
 def test_an_unknown_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
