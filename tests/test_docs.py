@@ -24,8 +24,12 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("code", EXAMPLES.values(), ids=list(EXAMPLES))
-def test_every_example_runs(code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_runs(
+    code: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each Python block runs as it stands, ranks what it says, and prints what the comments behind its prints say."""
+    if "docs/ray.md" in request.node.name:
+        pytest.importorskip("ray", reason="tests/ray runs it")
     monkeypatch.setenv(BASE_URL_VARIABLE, "local://")
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
     names: dict[str, Any] = {"my_retriever": Everything(), "index": index()}
