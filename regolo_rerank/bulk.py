@@ -22,6 +22,7 @@ import httpx
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
     APIConnectionError,
+    APIStatusError,
     AuthenticationError,
     InvalidInputError,
     NotFoundError,
@@ -30,7 +31,6 @@ from regolo_rerank.errors import (
 )
 from regolo_rerank.progress import Advance
 from regolo_rerank.ranking import RerankResponse
-from regolo_rerank.retry import is_passing
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -94,12 +94,10 @@ class _Line(NamedTuple):
             return False
 
     def is_failed_by(self, failure: dict[str, Any]) -> bool:
-        """Return whether a line of OUT.errors has this one's number and id."""
-        if failure.get("line") != self.number:
-            return False
+        """Return whether a line of OUT.errors has this one's id, where there is one."""
         with suppress(InvalidInputError):
             return _same(self.fields().get("id"), failure.get("id"))
-        return "input" in failure
+        return True
 
 
 class _Query(NamedTuple):
@@ -242,8 +240,7 @@ class Bulk:
         self._todo = self._unfinished(_lines(source))
         status = _status(source)
         self.size = status.st_size if status and stat.S_ISREG(status.st_mode) else None
-        self._before = out.count + errors.count
-        self._failed_before = errors.count
+        self._before = (out.count, errors.count)
         self._held: list[tuple[_Finished, _Line, bytes]] = []
         self._doubtful = False
         self._tokens = 0
@@ -255,7 +252,9 @@ class Bulk:
         rankings, failures = self._out.lines(), self._errors.lines()
         failure = next(failures, None)
         for line in lines:
-            if failure is not None and line.is_failed_by(failure):
+            if failure is not None and failure.get("line") == line.number:
+                if not line.is_failed_by(failure):
+                    raise self._foreign(self._errors)
                 failure = next(failures, None)
             elif (ranking := next(rankings, None)) is None:
                 lines = chain([line], lines)
@@ -284,8 +283,8 @@ class Bulk:
 
     def __str__(self) -> str:
         """Say what has been done."""
-        failed, before = self._errors.count - self._failed_before, self._before
-        ranked = self._out.count + self._errors.count - failed - before
+        ranked, failed = self._out.count - self._before[0], self._errors.count - self._before[1]
+        before = sum(self._before)
         tokens = f" and {self._tokens:,} tokens" if self._tokens else ""
         finished = f", {before:,} finished before" if before else ""
         seen = f" (see {self._errors.path})" if self._errors.count else ""
@@ -370,12 +369,10 @@ def _is_refused(error: RegoloError, query: _Query) -> bool:
 def _would_go_on(error: RegoloError) -> bool:
     """Return whether the next query would surely meet the same failure."""
     if isinstance(error, APIConnectionError):
-        unreachable = httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError
-        return isinstance(error.__cause__, unreachable) or not is_passing(error)
-    return (
-        isinstance(error, AuthenticationError | NotFoundError | RateLimitError)
-        or getattr(error, "type", None) == "budget_exceeded"
-    )
+        return isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
+    if isinstance(error, APIStatusError) and error.type == "budget_exceeded":
+        return True
+    return isinstance(error, AuthenticationError | NotFoundError | RateLimitError)
 
 
 def _status(file: BinaryIO) -> os.stat_result | None:

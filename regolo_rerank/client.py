@@ -3,8 +3,7 @@
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sized
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from traceback import clear_frames
 from types import TracebackType
@@ -232,12 +231,12 @@ class RegoloClient(Reranker):
     @overload
     def rerank_many(
         self, pairs: Iterable[Pair], *, return_exceptions: Literal[False] = ..., **arguments: Unpack[CallArguments]
-    ) -> Iterator[RerankResponse]: ...
+    ) -> Generator[RerankResponse]: ...
 
     @overload
     def rerank_many(
         self, pairs: Iterable[Pair], *, return_exceptions: bool, **arguments: Unpack[CallArguments]
-    ) -> Iterator[RerankResponse | RegoloError]: ...
+    ) -> Generator[RerankResponse | RegoloError]: ...
 
     def rerank_many(
         self,
@@ -251,7 +250,7 @@ class RegoloClient(Reranker):
         max_concurrency: int | None = None,
         return_exceptions: bool = False,
         show_progress: bool = False,
-    ) -> Iterator[RerankResponse | RegoloError]:
+    ) -> Generator[RerankResponse | RegoloError]:
         """Rank the documents of many queries, and give each ranking when it is its turn.
 
         Args:
@@ -268,7 +267,7 @@ class RegoloClient(Reranker):
             show_progress: Whether a bar is shown, on a terminal and in a notebook; needs tqdm.
 
         Returns:
-            An iterator over one ranking a pair, in the order of `pairs`.
+            A generator of one ranking a pair, in the order of `pairs`; closing it stops what is under way.
 
         Raises:
             InvalidInputError: An argument is wrong, at once; a pair is wrong, in its place.
@@ -297,7 +296,7 @@ class RegoloClient(Reranker):
         *,
         return_exceptions: Literal[False] = ...,
         **arguments: Unpack[CallArguments],
-    ) -> AsyncIterator[RerankResponse]: ...
+    ) -> AsyncGenerator[RerankResponse]: ...
 
     @overload
     def arerank_many(
@@ -306,7 +305,7 @@ class RegoloClient(Reranker):
         *,
         return_exceptions: bool,
         **arguments: Unpack[CallArguments],
-    ) -> AsyncIterator[RerankResponse | RegoloError]: ...
+    ) -> AsyncGenerator[RerankResponse | RegoloError]: ...
 
     def arerank_many(
         self,
@@ -320,7 +319,7 @@ class RegoloClient(Reranker):
         max_concurrency: int | None = None,
         return_exceptions: bool = False,
         show_progress: bool = False,
-    ) -> AsyncIterator[RerankResponse | RegoloError]:
+    ) -> AsyncGenerator[RerankResponse | RegoloError]:
         """Rank as `rerank_many` does, without blocking the event loop; `pairs` may be an async iterable too.
 
         Leave the loop over it by `break` only inside `contextlib.aclosing`, so that what is under way ends at once.
@@ -342,7 +341,7 @@ class RegoloClient(Reranker):
 
     def _many(
         self, terms: Terms, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
-    ) -> Iterator[RerankResponse | RegoloError]:
+    ) -> Generator[RerankResponse | RegoloError]:
         crew: Crew[threading.Event] = terms.crew_for_many()
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
@@ -356,7 +355,7 @@ class RegoloClient(Reranker):
 
     async def _amany(
         self, terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair], *, return_exceptions: bool, show_progress: bool
-    ) -> AsyncIterator[RerankResponse | RegoloError]:
+    ) -> AsyncGenerator[RerankResponse | RegoloError]:
         crew: Crew[asyncio.Event] = terms.crew_for_many()
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             async with (
@@ -370,7 +369,7 @@ class RegoloClient(Reranker):
 
 
 def _check_pairs(pairs: object, *kinds: type) -> None:
-    if isinstance(pairs, str | bytes | Mapping | AbstractSet) or not isinstance(pairs, kinds):
+    if isinstance(pairs, str | bytes | Mapping | set | frozenset) or not isinstance(pairs, kinds):
         raise InvalidInputError(f"pairs: must be an iterable of (query, documents), got {type(pairs).__name__}")
 
 

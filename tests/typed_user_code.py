@@ -1,14 +1,14 @@
 """What users of the package write, with the type of every public call: mypy checks it, and test_types.py runs it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, Literal, assert_type
 
 import httpx
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableParallel, RunnablePassthrough
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -69,8 +69,8 @@ async def with_the_async_client(texts: list[str]) -> RerankResponse:
 def with_many_queries(pairs: list[tuple[str, list[str]]]) -> list[RerankResponse]:
     """Rank the documents of many queries."""
     with RegoloClient(base_url="local://") as client:
-        assert_type(client.rerank_many(pairs), Iterator[RerankResponse])
-        assert_type(client.rerank_many(iter(pairs), return_exceptions=True), Iterator[RerankResponse | RegoloError])
+        assert_type(client.rerank_many(pairs), Generator[RerankResponse])
+        assert_type(client.rerank_many(iter(pairs), return_exceptions=True), Generator[RerankResponse | RegoloError])
         return list(client.rerank_many(pairs, top_n=1, max_concurrency=2))
 
 
@@ -78,8 +78,8 @@ async def with_many_async_queries(pairs: list[tuple[str, list[str]]]) -> list[Re
     """Rank the documents of many queries in an event loop."""
     async with RegoloClient(base_url="local://") as client:
         responses = client.arerank_many(pairs, return_exceptions=True)
-        assert_type(responses, AsyncIterator[RerankResponse | RegoloError])
-        assert_type(client.arerank_many(pairs), AsyncIterator[RerankResponse])
+        assert_type(responses, AsyncGenerator[RerankResponse | RegoloError])
+        assert_type(client.arerank_many(pairs), AsyncGenerator[RerankResponse])
         return [response async for response in responses if isinstance(response, RerankResponse)]
 
 
@@ -154,10 +154,16 @@ def with_langchain(retriever: BaseRetriever) -> list[Document]:
     assert_type(ranking[0]["relevance_score"], float)
 
     step = reranker.as_runnable()
-    assert_type(step, Runnable[Candidates, list[Document]])
-    assert_type(step.invoke({"query": QUERY, "documents": found}), list[Document])
+    assert_type(step, Runnable[Candidates | dict[str, Any], list[Document]])
+    candidates: Candidates = {"query": QUERY, "documents": found}
+    assert_type(step.invoke(candidates), list[Document])
+    assert_type(step.batch([{"query": QUERY, "documents": found}]), list[list[Document]])
     chain = {"query": RunnablePassthrough[str](), "documents": retriever} | reranker.as_runnable()
     kept: list[Document] = chain.invoke(QUERY)
+    parallel = RunnableParallel(query=RunnablePassthrough[str](), documents=retriever) | step
+    assert_type(parallel.invoke(QUERY), list[Document])
+    state = RunnablePassthrough.assign(documents=step).invoke({"query": QUERY, "documents": found})
+    assert state["documents"] == kept == parallel.invoke(QUERY)
     compression = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=retriever)
     return kept + compression.invoke(QUERY)
 
