@@ -1,19 +1,75 @@
-"""What both adapters share besides the core: their default top_n, and what to do when the service fails."""
+"""What both adapters share besides the core: their default top_n, a way around failures, and what traces tell."""
 
 import logging
 import warnings
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank.client import Reranker
 from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
+from regolo_rerank.ranking import RerankResponse
 from regolo_rerank.retry import is_passing
 
-__all__ = ["AdapterOptions"]
+__all__ = ["AdapterOptions", "Outcome", "harmless", "report_of", "report_of_failure", "span_attributes"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger("regolo_rerank")
+
+
+@dataclass(slots=True)
+class Outcome(Generic[T]):
+    """What a rerank has come to.
+
+    Attributes:
+        kept: The documents that the caller gets.
+        report: What traces and events tell of it besides.
+    """
+
+    kept: list[T]
+    report: dict[str, Any]
+
+
+def report_of(response: RerankResponse) -> dict[str, Any]:
+    """Return what traces and events tell of a ranking."""
+    usage = {"total_tokens": response.usage.total_tokens, "requests": response.usage.requests}
+    return {
+        "response_id": response.id,
+        "request_ids": response.request_ids,
+        "usage": usage,
+        "fallback": False,
+        "error": None,
+    }
+
+
+def report_of_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
+    """Return what they tell of a failure, whether or not the input stands in for a ranking."""
+    request_id = getattr(error, "request_id", None)
+    return {
+        "response_id": None,
+        "request_ids": [] if request_id is None else [request_id],
+        "usage": None,
+        "fallback": fallback,
+        "error": f"{type(error).__name__}: {error}",
+    }
+
+
+def span_attributes(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report as attributes of OpenInference's spans, which leave out what is None."""
+    told = {name: report[name] for name in ("response_id", "request_ids", "fallback")} | (report["usage"] or {})
+    return {f"regolo_rerank.{name}": value for name, value in told.items()}
+
+
+@contextmanager
+def harmless() -> Iterator[None]:
+    """Let no fault of somebody else's tracer become one of the rerank."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        _log.warning("a trace is incomplete: %s: %s", type(error).__name__, error)
 
 
 class AdapterOptions(Reranker):
@@ -31,16 +87,44 @@ class AdapterOptions(Reranker):
     "return_input" gives the first `top_n` documents in their own order, without a score and with a
     `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
 
-    def _fall_back(self, error: RegoloError, candidates: list[T]) -> list[T]:
+    def _outcome(
+        self,
+        query: str,
+        candidates: list[T],
+        texts: Callable[[list[T]], list[str]],
+        scored: Callable[[list[T], RerankResponse], list[T]],
+    ) -> Outcome[T]:
+        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
+        try:
+            response = self._rank(query, texts(candidates))
+        except RegoloError as error:
+            return self._fall_back(error, candidates)
+        return Outcome(scored(candidates, response), report_of(response))
+
+    async def _aoutcome(
+        self,
+        query: str,
+        candidates: list[T],
+        texts: Callable[[list[T]], list[str]],
+        scored: Callable[[list[T], RerankResponse], list[T]],
+    ) -> Outcome[T]:
+        try:
+            response = await self._arank(query, texts(candidates))
+        except RegoloError as error:
+            return self._fall_back(error, candidates)
+        return Outcome(scored(candidates, response), report_of(response))
+
+    def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
         if self.on_error == "raise" or not is_passing(error):
             raise error
         kept = candidates[: self.top_n]
+        report = report_of_failure(error, fallback=True)
         words = (
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
-            f"order: {type(error).__name__}: {error}"
+            f"order: {report['error']}"
         )
         # Python shows a warning once; the log has each.
         _log.warning(words)
         warnings.warn(words, RerankFallbackWarning, stacklevel=2)
-        return kept
+        return Outcome(kept, report)

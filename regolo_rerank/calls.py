@@ -88,7 +88,7 @@ class Terms:
         self.prompt_format = options.format_for(self.endpoint)
         # A caller's client has a timeout of its own, and a scorer on this machine takes the time it takes.
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
-        self._callers_client = callers_client
+        self.callers_client = callers_client
         self._user_agent = user_agent
         self._key: SecretStr | None = None
         self._arguments: dict[str, Any] | None = None
@@ -100,7 +100,7 @@ class Terms:
         url = self.endpoint.url
         self._key = self.options.key_for(self.endpoint)
         in_the_clear = self._key is not None and url.scheme == "http" and not self.options.allow_http
-        if in_the_clear and self._callers_client is not None and is_proxied(self._callers_client, url):
+        if in_the_clear and self.callers_client is not None and is_proxied(self.callers_client, url):
             raise InvalidInputError(
                 "http_client: its proxy would see the API key in the clear; use https, a client without a proxy, "
                 "or allow_http=True"
@@ -116,7 +116,7 @@ class Terms:
                 **own,
             },
         }
-        if self._callers_client is not None:
+        if self.callers_client is not None:
             arguments["follow_redirects"] = False
         elif self.timeout is not None:
             arguments["timeout"] = self.timeout
@@ -272,7 +272,8 @@ class Call(Generic[Event]):
     def fail(self, error: BaseException) -> None:
         """End the call with the first final failure; what has not started never starts."""
         if not self.over.is_set():
-            self._failure = error
+            # The worker's own frame, on top, goes on with other calls: it is not to be emptied with this one's.
+            self._failure = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
             self.close()
 
     def response(self) -> RerankResponse:

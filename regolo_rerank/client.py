@@ -3,8 +3,15 @@
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sized
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from traceback import clear_frames
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack, overload
@@ -19,7 +26,7 @@ from regolo_rerank.options import Options
 from regolo_rerank.pools import Pools
 from regolo_rerank.progress import progress
 from regolo_rerank.ranking import RerankResponse
-from regolo_rerank.sending import AsyncLines, Lines, aended, afinish, aprepare, ended, finish, prepare
+from regolo_rerank.sending import AsyncEnded, AsyncLines, Lines, afinish, aprepare, ended, finish, prepare
 
 __all__ = ["RegoloClient", "Reranker"]
 
@@ -83,23 +90,15 @@ class Reranker(Options):
     def _terms(self, arguments: dict[str, Any], callers_client: httpx.Client | httpx.AsyncClient | None) -> Terms:
         return Terms(self.for_call(**arguments), self.user_agent(), self._pools.gate, callers_client)
 
-    @contextmanager
-    def _lines(self, terms: Terms) -> Iterator[Lines]:
-        client = self.http_client
-        if client is not None:
-            yield lambda: nullcontext(client)
-        else:
-            with self._pools.pool(terms.endpoint) as pool:
-                yield pool.line
+    def _lines(self, terms: Terms) -> AbstractContextManager[Lines]:
+        if isinstance(client := terms.callers_client, httpx.Client):
+            return nullcontext(lambda: nullcontext(client))
+        return self._pools.pool(terms.endpoint)
 
-    @asynccontextmanager
-    async def _async_lines(self, terms: Terms) -> AsyncIterator[AsyncLines]:
-        client = self.async_http_client
-        if client is not None:
-            yield lambda: nullcontext(client)
-        else:
-            async with self._pools.async_pool(terms.endpoint, terms.options.async_transport) as pool:
-                yield pool.line
+    def _async_lines(self, terms: Terms) -> AbstractAsyncContextManager[AsyncLines]:
+        if isinstance(client := terms.callers_client, httpx.AsyncClient):
+            return nullcontext(lambda: nullcontext(client))
+        return self._pools.async_pool(terms.endpoint, terms.options.async_transport)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with _forgetful_errors():
@@ -360,7 +359,7 @@ class RegoloClient(Reranker):
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             async with (
                 self._async_lines(terms) as lines,
-                aclosing(aended(_acalls(terms, pairs), crew, lines)) as done,
+                aclosing(AsyncEnded(_acalls(terms, pairs), crew, lines)) as done,
             ):
                 async for call in done:
                     outcome = _outcome(call, return_exceptions=return_exceptions)
@@ -430,5 +429,5 @@ def _outcome(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> Rer
             return call.response()
     except RegoloError as error:
         if return_exceptions:
-            return error
+            return error.with_traceback(None)  # whose frames would keep the call and its documents
         raise

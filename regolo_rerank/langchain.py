@@ -1,21 +1,31 @@
 """LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
     from langchain_core import __version__ as langchain_version
-    from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
+    from langchain_core.callbacks import (
+        AsyncCallbackManagerForChainRun,
+        CallbackManagerForChainRun,
+        Callbacks,
+    )
     from langchain_core.documents import BaseDocumentCompressor, Document
-    from langchain_core.runnables import Runnable, RunnableLambda
-    from langchain_core.runnables.config import ensure_config
+    from langchain_core.runnables import Runnable, RunnableConfig
+    from langchain_core.runnables.config import (
+        ensure_config,
+        get_async_callback_manager_for_config,
+        get_callback_manager_for_config,
+    )
 except ImportError as error:
     raise ImportError('regolo_rerank.langchain needs LangChain: pip install "regolo_rerank[langchain]"') from error
 
-from pydantic import SecretStr, model_validator
+from pydantic import BaseModel, SecretStr, create_model, model_validator
 
-from regolo_rerank.adapter import AdapterOptions
-from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.adapter import AdapterOptions, Outcome, harmless, span_attributes
+from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.ranking import RerankResponse, checked_documents
 
 __all__ = ["RegoloRerank"]
@@ -98,22 +108,15 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             callbacks: Handlers, or a parent run's manager; without them the surrounding chain's are used.
 
         Returns:
-            min(N, top_n) copies at most, with `relevance_score` in their metadata.
+            min(N, top_n) copies at most, with `relevance_score` in their metadata. Handlers are told of a run of the
+            class's name, with query, documents, model and top_n in, and documents, scores and usage out.
 
         Raises:
             RegoloError: See `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
                 `RerankFallbackWarning` instead.
         """
         documents = checked_documents(documents, Document)
-        manager = CallbackManager.configure(_inherited(callbacks))
-        run = manager.on_chain_start(None, self._inputs(documents, query), name=type(self).__name__)
-        try:
-            ranked = self._compress(documents, query)
-        except BaseException as error:
-            run.on_chain_error(error)
-            raise
-        run.on_chain_end({"documents": ranked})
-        return ranked
+        return self._traced(documents, query, _config(callbacks))
 
     async def acompress_documents(
         self,
@@ -123,15 +126,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     ) -> list[Document]:
         """Return what `compress_documents` does, without blocking the event loop."""
         documents = checked_documents(documents, Document)
-        manager = AsyncCallbackManager.configure(_inherited(callbacks))
-        run = await manager.on_chain_start(None, self._inputs(documents, query), name=type(self).__name__)
-        try:
-            ranked = await self._acompress(documents, query)
-        except BaseException as error:
-            await run.on_chain_error(error)
-            raise
-        await run.on_chain_end({"documents": ranked})
-        return ranked
+        return await self._atraced(documents, query, _config(callbacks))
 
     def rerank(
         self,
@@ -168,39 +163,57 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Rank as `rerank` does, without blocking the event loop."""
         return _as_dicts(await self._arank(query, self._texts(documents), model=model, top_n=top_n))
 
-    def as_runnable(self) -> Runnable[Candidates, list[Document]]:
+    def as_runnable(self) -> Runnable[Candidates | dict[str, Any], list[Document]]:
         """Return this reranker as a step of an LCEL chain.
 
         It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
-        later count for it too. It raises what `compress_documents` raises, and `InvalidInputError` for other inputs.
+        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
+        other inputs.
 
         Example:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
             >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
             'Pasta al pesto'
         """
+        return _Step(type(self).__name__, self._traced, self._atraced)
 
-        def compress(candidates: Candidates) -> list[Document]:
-            return self._compress(*_read(candidates))
-
-        async def acompress(candidates: Candidates) -> list[Document]:
-            return await self._acompress(*_read(candidates))
-
-        return RunnableLambda(compress, acompress, name=type(self).__name__)
-
-    def _compress(self, documents: list[Document], query: str) -> list[Document]:
+    def _traced(self, documents: list[Document], query: str, config: RunnableConfig) -> list[Document]:
+        """Rerank in a run of its own, where somebody listens."""
+        manager = get_callback_manager_for_config(config)
+        if not manager.handlers:
+            return self._outcome(query, documents, self._contents, _scored).kept
+        inputs = self._inputs(documents, query)
+        run = manager.on_chain_start(None, inputs, **self._identity(config))
+        _show_inputs(run, **inputs)
         try:
-            response = self._rank(query, self._contents(documents))
-        except RegoloError as error:
-            return self._fall_back(error, documents)
-        return _scored(documents, response)
+            outcome = self._outcome(query, documents, self._contents, _scored)
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        outputs = _outputs(outcome)
+        _show_outputs(run, **outputs)
+        run.on_chain_end(outputs)
+        return outcome.kept
 
-    async def _acompress(self, documents: list[Document], query: str) -> list[Document]:
+    async def _atraced(self, documents: list[Document], query: str, config: RunnableConfig) -> list[Document]:
+        manager = get_async_callback_manager_for_config(config)
+        if not manager.handlers:
+            return (await self._aoutcome(query, documents, self._contents, _scored)).kept
+        inputs = self._inputs(documents, query)
+        run = await manager.on_chain_start(None, inputs, **self._identity(config))
+        _show_inputs(run, **inputs)
         try:
-            response = await self._arank(query, self._contents(documents))
-        except RegoloError as error:
-            return self._fall_back(error, documents)
-        return _scored(documents, response)
+            outcome = await self._aoutcome(query, documents, self._contents, _scored)
+        except BaseException as error:
+            await run.on_chain_error(error)
+            raise
+        outputs = _outputs(outcome)
+        _show_outputs(run, **outputs)
+        await run.on_chain_end(outputs)
+        return outcome.kept
+
+    def _identity(self, config: RunnableConfig) -> dict[str, Any]:
+        return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
 
     def _inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
         return {"query": query, "documents": documents, "model": self.model, "top_n": self.top_n}
@@ -233,11 +246,54 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return "\n".join([*lines, document.page_content]) if lines else document.page_content
 
 
-def _inherited(callbacks: Callbacks | None) -> Callbacks:
-    return ensure_config().get("callbacks") if callbacks is None else callbacks
+_Run = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-def _read(candidates: Any) -> tuple[list[Document], str]:
+class _Step(Runnable[Candidates | dict[str, Any], list[Document]]):
+    """A reranker as a step of an LCEL chain."""
+
+    def __init__(
+        self,
+        name: str,
+        rerank: Callable[[list[Document], str, RunnableConfig], list[Document]],
+        arerank: Callable[[list[Document], str, RunnableConfig], Awaitable[list[Document]]],
+    ) -> None:
+        self.name = name
+        self._rerank = rerank
+        self._arerank = arerank
+
+    def __repr__(self) -> str:
+        return f"{self.name}().as_runnable()"
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        del config
+        return create_model(self.get_name("Input"), query=(str, ...), documents=(list[Document], ...))
+
+    def invoke(
+        self,
+        input: Candidates | dict[str, Any],  # noqa: A002 - the name that LangChain gives it
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        return self._rerank(*_read(input, kwargs), ensure_config(config))
+
+    async def ainvoke(
+        self,
+        input: Candidates | dict[str, Any],  # noqa: A002 - the name that LangChain gives it
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        return await self._arerank(*_read(input, kwargs), ensure_config(config))
+
+
+def _config(callbacks: Callbacks | None) -> RunnableConfig:
+    """Return the configuration of a call that is given callbacks, or takes those of the chain around it."""
+    return ensure_config() if callbacks is None else {"callbacks": callbacks}
+
+
+def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[list[Document], str]:
+    if arguments:
+        raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
     if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
         raise InvalidInputError(
             f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"
@@ -251,6 +307,46 @@ def _scored(documents: list[Document], response: RerankResponse) -> list[Documen
             update={"metadata": {**document.metadata, "relevance_score": result.relevance_score}}
         )
         for result in response.results
+    ]
+
+
+def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
+    """Return what a run tells: the documents with their scores, and how they came about."""
+    fallback = outcome.report["fallback"]
+    scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
+    return {"documents": outcome.kept, "scores": scores, **outcome.report}
+
+
+def _show_inputs(run: _Run, query: str, documents: list[Document], model: str, top_n: int | None) -> None:
+    top_k = len(documents) if top_n is None else top_n
+    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_shown(documents))
+
+
+def _show_outputs(run: _Run, documents: list[Document], scores: list[float] | None, **report: Any) -> None:
+    _show(run, span_attributes(report), output_documents=_shown(documents, scores))
+
+
+def _show(run: _Run, further: dict[str, Any], **attributes: Any) -> None:
+    """Show a run to OpenInference's tracer, where it listens, with the attributes that it has for a reranker."""
+    if "openinference.instrumentation.langchain" not in sys.modules:
+        return
+    with harmless():
+        from openinference.instrumentation import get_reranker_attributes
+        from openinference.instrumentation.langchain._tracer import OpenInferenceTracer
+
+        for tracer in run.handlers:
+            if isinstance(tracer, OpenInferenceTracer) and (span := tracer.get_span(run.run_id)) is not None:
+                # Its spans are of the run's type. For others the run stays a chain: LangSmith has no type of this name.
+                tracer.run_map[str(run.run_id)].run_type = "reranker"
+                told = {**further, **get_reranker_attributes(**attributes)}
+                # Of too many attributes OpenTelemetry drops the first: these are to be the last documents.
+                span.set_attributes(dict(reversed(told.items())))
+
+
+def _shown(documents: list[Document], scores: list[float] | None = None) -> list[dict[str, Any]]:
+    return [
+        {"content": document.page_content, "id": document.id, "metadata": document.metadata or None, "score": score}
+        for document, score in zip(documents, scores or repeat(None), strict=False)
     ]
 
 

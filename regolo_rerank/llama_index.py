@@ -1,5 +1,6 @@
 """LlamaIndex: a node postprocessor that reranks, for query engines and chat engines."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +18,36 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank.adapter import AdapterOptions
-from regolo_rerank.errors import InvalidInputError, RegoloError
-from regolo_rerank.ranking import RerankResponse, checked_documents
+from regolo_rerank.adapter import AdapterOptions, Outcome, harmless, report_of_failure, span_attributes
+from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.ranking import RerankResponse, Usage, checked_documents
 
-__all__ = ["RegoloRerank"]
+__all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
 
 _RETRIEVAL_SCORE: Final = "retrieval_score"
 
 _dispatcher = get_dispatcher(__name__)
+
+
+class RegoloReRankEndEvent(ReRankEndEvent):
+    """The end of a rerank: LlamaIndex's own event, which has `nodes`, with what the call took and came to.
+
+    Attributes:
+        response_id: The service's name for the first reply; None where there is none.
+        request_ids: The gateway's name for each request that has one, for support.
+        usage: Tokens and requests, added up over all requests of the call; None where the call failed.
+        fallback: Whether `on_error="return_input"` has given the input back, unranked.
+        error: What went wrong with a call that failed or fell back; None where it has ranked.
+
+    Raises:
+        pydantic.ValidationError: A field is missing or has a wrong type.
+    """
+
+    response_id: str | None
+    request_ids: list[str]
+    usage: Usage | None
+    fallback: bool
+    error: str | None
 
 
 class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
@@ -76,26 +98,16 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            try:
-                response = self._rank(run.query, self._texts(run.nodes))
-            except RegoloError as error:
-                run.kept = self._fall_back(error, run.nodes)
-            else:
-                run.kept = self._scored(run.nodes, response)
-        return run.kept
+            run.outcome = self._outcome(run.query, run.nodes, self._texts, self._scored)
+        return run.outcome.kept
 
     @_dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            try:
-                response = await self._arank(run.query, self._texts(run.nodes))
-            except RegoloError as error:
-                run.kept = self._fall_back(error, run.nodes)
-            else:
-                run.kept = self._scored(run.nodes, response)
-        return run.kept
+            run.outcome = await self._aoutcome(run.query, run.nodes, self._texts, self._scored)
+        return run.outcome.kept
 
     @contextmanager
     def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
@@ -119,9 +131,14 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         try:
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield run
-                event.on_end(payload={EventPayload.NODES: run.kept})
+                kept, report = run.outcome.kept, run.outcome.report
+                event.on_end(payload={EventPayload.NODES: kept, EventPayload.ADDITIONAL_KWARGS: report})
+        except BaseException as error:
+            run.outcome = Outcome([], report_of_failure(error, fallback=False))
+            raise
         finally:
-            _dispatcher.event(ReRankEndEvent(nodes=run.kept))
+            _show(run.outcome.report)
+            _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
 
     def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
         return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
@@ -158,4 +175,15 @@ class _Run:
 
     query: str
     nodes: list[NodeWithScore]
-    kept: list[NodeWithScore] = field(default_factory=list)
+    outcome: Outcome[NodeWithScore] = field(init=False)
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Show on OpenInference's span, where there is one, what it does not take from the events."""
+    if "openinference.instrumentation.llama_index" not in sys.modules:
+        return
+    with harmless():
+        from openinference.instrumentation.llama_index import get_current_span
+
+        if (span := get_current_span()) is not None:
+            span.set_attributes(span_attributes(report))

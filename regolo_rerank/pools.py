@@ -11,8 +11,8 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, Literal, Self, TypeVar
 
 import httpx
@@ -125,8 +125,8 @@ class Pools:
         return self._gate
 
     @contextmanager
-    def pool(self, endpoint: Endpoint) -> "Iterator[_Pool]":
-        """Give the pool for sync calls, whose lines are taken by each thread that sends."""
+    def pool(self, endpoint: Endpoint) -> Iterator[Callable[[], AbstractContextManager[Line]]]:
+        """Give what opens a line for a thread that sends, and keep the pool for sync calls open."""
         self._forked()
         route = _route(endpoint)
         with self._lock:
@@ -135,13 +135,12 @@ class Pools:
             pool = self._pools[route]
             pool.entered()
         try:
-            yield pool
+            yield pool.line
         finally:
             pool.left()
 
-    @asynccontextmanager
-    async def async_pool(self, endpoint: Endpoint, transport: Transport) -> "AsyncIterator[_LoopPool]":
-        """Give the running event loop's pool, whose lines are taken by each task that sends."""
+    def async_pool(self, endpoint: Endpoint, transport: Transport) -> "_LoopUse":
+        """Give what opens a line for a task that sends, and keep the running event loop's pools open."""
         self._forked()
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -151,8 +150,7 @@ class Pools:
                     if other.is_closed():
                         self._loops.pop(other, None)
                 pools = self._loops[loop] = _LoopPools(self, loop)
-        async with pools.used():
-            yield pools.pool(_route(endpoint), transport)
+        return _LoopUse(pools, pools.pool(_route(endpoint), transport))
 
     def close(self) -> None:
         """Close the pool for sync calls, once the calls under way in other threads have ended."""
@@ -258,18 +256,17 @@ class _LoopPools:
         self._users = 0
         self._closing = False
 
-    @asynccontextmanager
-    async def used(self) -> AsyncIterator[None]:
-        """Keep the pools open."""
+    async def entered(self) -> None:
+        """Count a call in, which keeps the pools open."""
         self._users += 1
-        try:
-            if not self._started:
-                self._started = True
-                await anext(self._guard)
-            yield
-        finally:
-            self._users -= 1
-            await self._close_if_idle()
+        if not self._started:
+            self._started = True
+            await anext(self._guard)
+
+    async def left(self) -> None:
+        """Count a call out."""
+        self._users -= 1
+        await self._close_if_idle()
 
     def pool(self, route: Route, transport: Transport) -> _LoopPool:
         return self.pools.setdefault((route, transport), _LoopPool(route, transport))
@@ -281,6 +278,21 @@ class _LoopPools:
     async def _close_if_idle(self) -> None:
         if self._closing and not self._users:
             await self._guard.aclose()
+
+
+class _LoopUse:
+    """One call's use of its event loop's pools: no generator, which asyncio would end beside the call's own."""
+
+    def __init__(self, pools: _LoopPools, pool: _LoopPool) -> None:
+        self._pools = pools
+        self._pool = pool
+
+    async def __aenter__(self) -> Callable[[], AbstractContextManager[AsyncLine]]:
+        await self._pools.entered()
+        return self._pool.line
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._pools.left()
 
 
 async def _guarded(

@@ -9,10 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager, aclosing, closing, suppress
+from contextlib import AbstractContextManager, aclosing, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
 
 import httpx
 from tenacity import AsyncRetrying, Retrying, sleep_using_event
@@ -21,7 +21,7 @@ from regolo_rerank.calls import Call, Crew, EndedError, Event, LeftError
 from regolo_rerank.errors import APIConnectionError, RegoloError
 from regolo_rerank.lines import AsyncLine, Line
 
-__all__ = ["AsyncLines", "Lines", "aended", "afinish", "aprepare", "ended", "finish", "prepare"]
+__all__ = ["AsyncEnded", "AsyncLines", "Lines", "afinish", "aprepare", "ended", "finish", "prepare"]
 
 Lines = Callable[[], AbstractContextManager[Line | httpx.Client]]
 AsyncLines = Callable[[], AbstractContextManager[AsyncLine | httpx.AsyncClient]]
@@ -62,12 +62,27 @@ def _in_an_event_loop() -> bool:
 def finish(call: Call[threading.Event], lines: Lines) -> None:
     """Send all of one call: in the caller's thread where it has one request, else in several."""
     crew = call.crew_of_its_own()
+    _start(crew.add(call), crew, lines, woken := threading.Event())
+    try:
+        _wait_for(call, woken)
+    finally:
+        call.close()
+
+
+async def afinish(call: Call[asyncio.Event], lines: AsyncLines) -> None:
+    """Send all of one call: in the caller's task where it has one request, else in several."""
+    crew = call.crew_of_its_own()
     if crew.most == 1:
         crew.add(call)
-        _work(crew, lines, threading.Event())
-    else:
-        with closing(ended(iter([call]), crew, lines)) as calls:
-            next(calls)
+        await _awork(crew, lines, call.over)
+        return
+    tasks = _Tasks(crew, lines)
+    try:
+        tasks.start(crew.add(call))
+        await tasks.wait_for(call)
+    finally:
+        call.close()
+        await tasks.stop()
 
 
 def ended(
@@ -76,26 +91,138 @@ def ended(
     """Give calls in their order, each when it has ended; what could not become a call is passed through.
 
     Args:
-        calls: The calls, read in the caller's thread.
+        calls: The calls, read in the caller's thread. What reading them raises comes after those that were read.
         crew: Who sends: threads, or the caller's own where the crew is of one.
         lines: Opens a line for one request.
     """
     pending: deque[Call[threading.Event] | T] = deque()
     woken = threading.Event()
+    more, failure = True, None
     try:
         while True:
-            while _wants_more(pending, crew.window) and (call := next(calls, None)) is not None:
-                pending.append(call)
-                if isinstance(call, Call):
-                    _start(crew.add(call), crew, lines, woken)
+            while more and _wants_more(pending, crew.window):
+                try:
+                    pending.append(call := next(calls))
+                except StopIteration:
+                    more = False
+                except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
+                    more, failure = False, error
+                else:
+                    if isinstance(call, Call):
+                        _start(crew.add(call), crew, lines, woken)
+                    del call
             if not pending:
-                return
-            while not _is_over(pending[0]):
-                woken.wait()
-                woken.clear()
+                break
+            _wait_for(pending[0], woken)
             yield pending.popleft()
     finally:
-        _give_up(pending)
+        _close(pending)
+    if failure is not None:
+        raise failure
+
+
+class AsyncEnded(Generic[T]):
+    """Does the same with tasks; one of them reads the calls, so that a slow source holds back no ranking.
+
+    It is no generator: at its end asyncio would close it beside the one that goes through it.
+    """
+
+    def __init__(
+        self, calls: AsyncGenerator[Call[asyncio.Event] | T], crew: Crew[asyncio.Event], lines: AsyncLines
+    ) -> None:
+        self._calls = calls
+        self._crew = crew
+        self._pending: deque[Call[asyncio.Event] | T] = deque()
+        self._room = asyncio.Semaphore(crew.window)
+        self._tasks = _Tasks(crew, lines)
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._tasks.woken.set())
+
+    async def _read(self) -> None:
+        async with aclosing(self._calls) as calls:
+            await self._room.acquire()
+            async for call in calls:
+                self._pending.append(call)
+                if isinstance(call, Call):
+                    self._tasks.start(self._crew.add(call))
+                del call
+                self._tasks.woken.set()
+                await self._room.acquire()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Call[asyncio.Event] | T:
+        while not self._pending:
+            if self._reader.done():
+                self._reader.result()
+                raise StopAsyncIteration
+            await self._tasks.until_woken()
+        await self._tasks.wait_for(self._pending[0])
+        self._room.release()
+        return self._pending.popleft()
+
+    async def aclose(self) -> None:
+        """Give up what is under way."""
+        _close(self._pending)
+        self._reader.cancel()
+        await self._tasks.stop(self._reader)
+
+
+class _Tasks:
+    """The tasks of a crew, in the running event loop."""
+
+    def __init__(self, crew: Crew[asyncio.Event], lines: AsyncLines) -> None:
+        self.woken = asyncio.Event()
+        self._crew = crew
+        self._lines = lines
+        self._workers: set[asyncio.Task[None]] = set()
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            self._workers.add(worker := asyncio.create_task(_awork(self._crew, self._lines, self.woken)))
+            worker.add_done_callback(self._left)
+
+    def _left(self, worker: asyncio.Task[None]) -> None:
+        if not worker.cancelled():
+            self._workers.discard(worker)
+        self.woken.set()
+
+    async def until_woken(self) -> None:
+        await self.woken.wait()
+        self.woken.clear()
+        if any(worker.cancelled() for worker in self._workers):
+            # Somebody has cancelled a worker, and its batch is unranked.
+            raise asyncio.CancelledError
+
+    async def wait_for(self, call: Call[asyncio.Event] | BaseException) -> None:
+        while not _is_over(call):
+            await self.until_woken()
+
+    async def stop(self, *others: asyncio.Task[None]) -> None:
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, *others, return_exceptions=True)
+
+
+async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Event) -> None:
+    follows_success = False
+    while (todo := crew.take()) is not None:
+        call, batch = todo
+        try:
+            with lines() as line:
+                await _asend(call, batch, line, follows_success=follows_success)
+        except LeftError:
+            return
+        except EndedError:
+            continue
+        except Exception as error:  # noqa: BLE001 - raised in the caller's task
+            call.fail(error)
+        else:
+            follows_success = True
+            call.ranked_one()
+        woken.set()
+        del call, todo
 
 
 def _start(workers: int, crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
@@ -128,90 +255,13 @@ def _work(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> 
             follows_success = True
             call.ranked_one()
         woken.set()
+        del call, todo
 
 
-async def afinish(call: Call[asyncio.Event], lines: AsyncLines) -> None:
-    """Send all of one call: in the caller's task where it has one request, else in several."""
-    crew = call.crew_of_its_own()
-    if crew.most == 1:
-        crew.add(call)
-        await _awork(crew, lines, asyncio.Event())
-    else:
-        async with aclosing(aended(_alone(call), crew, lines)) as calls:
-            await anext(calls)
-
-
-async def _alone(call: Call[asyncio.Event]) -> AsyncGenerator[Call[asyncio.Event]]:
-    yield call
-
-
-async def aended(
-    calls: AsyncGenerator[Call[asyncio.Event] | T], crew: Crew[asyncio.Event], lines: AsyncLines
-) -> AsyncGenerator[Call[asyncio.Event] | T]:
-    """Do the same with tasks, or in the caller's own where the crew is of one."""
-    pending: deque[Call[asyncio.Event] | T] = deque()
-    woken = asyncio.Event()
-    workers: set[asyncio.Task[None]] = set()
-    try:
-        while True:
-            while _wants_more(pending, crew.window) and (call := await anext(calls, None)) is not None:
-                pending.append(call)
-                if isinstance(call, Call):
-                    await _astart(crew.add(call), crew, lines, woken, workers)
-            if not pending:
-                return
-            while not _is_over(pending[0]):
-                await woken.wait()
-                woken.clear()
-                if any(worker.cancelled() for worker in workers):
-                    # Somebody has cancelled a worker, and its batch is unranked.
-                    raise asyncio.CancelledError
-            yield pending.popleft()
-    finally:
-        _give_up(pending)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-        await calls.aclose()
-
-
-async def _astart(
-    count: int,
-    crew: Crew[asyncio.Event],
-    lines: AsyncLines,
-    woken: asyncio.Event,
-    workers: set[asyncio.Task[None]],
-) -> None:
-    def left(worker: asyncio.Task[None]) -> None:
-        if not worker.cancelled():
-            workers.discard(worker)
-        woken.set()
-
-    if crew.most == 1:
-        await _awork(crew, lines, woken)
-        return
-    for _ in range(count):
-        workers.add(worker := asyncio.create_task(_awork(crew, lines, woken)))
-        worker.add_done_callback(left)
-
-
-async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Event) -> None:
-    follows_success = False
-    while (todo := crew.take()) is not None:
-        call, batch = todo
-        try:
-            with lines() as line:
-                await _asend(call, batch, line, follows_success=follows_success)
-        except LeftError:
-            return
-        except EndedError:
-            continue
-        except Exception as error:  # noqa: BLE001 - raised in the caller's task
-            call.fail(error)
-        else:
-            follows_success = True
-            call.ranked_one()
-        woken.set()
+def _wait_for(call: Call[threading.Event] | BaseException, woken: threading.Event) -> None:
+    while not _is_over(call):
+        woken.wait()
+        woken.clear()
 
 
 def _wants_more(pending: deque[Call[Event] | T], window: int) -> bool:
@@ -223,7 +273,7 @@ def _is_over(call: Call[Event] | BaseException) -> bool:
     return not isinstance(call, Call) or call.over.is_set()
 
 
-def _give_up(pending: deque[Call[Event] | T]) -> None:
+def _close(pending: deque[Call[Event] | T]) -> None:
     for call in pending:
         if isinstance(call, Call):
             call.close()

@@ -21,7 +21,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import Field, ValidationError
 
 from regolo_rerank import AuthenticationError, InvalidInputError, RerankFallbackWarning
-from regolo_rerank.llama_index import RegoloRerank
+from regolo_rerank.llama_index import RegoloRerank, RegoloReRankEndEvent
 from tests.conftest import KEY
 from tests.stub import Stub, error
 
@@ -402,7 +402,7 @@ def test_events_are_balanced_without_nodes(
     assert stub.received == []
     assert [(type(event), getattr(event, "nodes", None)) for event in events] == [
         (ReRankStartEvent, []),
-        (ReRankEndEvent, []),
+        (RegoloReRankEndEvent, []),
     ]
 
 
@@ -419,7 +419,7 @@ def test_events_are_balanced_when_a_call_fails(
     stub.always(error("no such key", 401))
     with pytest.raises(problem):
         rerank(reranker, candidates(), query)
-    assert [type(event) for event in events] == [ReRankStartEvent, ReRankEndEvent]
+    assert [type(event) for event in events] == [ReRankStartEvent, RegoloReRankEndEvent]
     assert isinstance(events[1], ReRankEndEvent)
     assert events[1].nodes == []
 
@@ -432,7 +432,7 @@ def test_events_are_balanced_when_a_call_falls_back(
     stub.always(error("down", 500))
     with pytest.warns(RerankFallbackWarning):
         kept = rerank(reranker, candidates())
-    assert [type(event) for event in events] == [ReRankStartEvent, ReRankEndEvent]
+    assert [type(event) for event in events] == [ReRankStartEvent, RegoloReRankEndEvent]
     assert isinstance(events[1], ReRankEndEvent)
     assert pairs(events[1].nodes) == pairs(kept)
 
@@ -471,7 +471,8 @@ def test_callbacks_tell_what_was_asked_and_kept(rerank: Rerank, reranker: Regolo
         EventPayload.QUERY_STR: "capital",
         EventPayload.TOP_K: 2,
     }
-    assert end.payload == {EventPayload.NODES: kept}
+    assert end.payload is not None
+    assert end.payload[EventPayload.NODES] == kept
 
 
 def test_callbacks_are_told_the_end_of_a_failed_call(rerank: Rerank, reranker: RegoloRerank, stub: Stub) -> None:

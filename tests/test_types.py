@@ -38,7 +38,8 @@ MISTAKES = {
     "DocumentReranker(metadata_fields='title')": "metadata_fields",
     "DocumentReranker().compress_documents(['a text'], 'the query')": "Document",
     "DocumentReranker().rerank([1], 'the query')": "Document",
-    "DocumentReranker().as_runnable().invoke({'query': 'the query'})": "documents",
+    "DocumentReranker().as_runnable().invoke('the query')": "Candidates",
+    "DocumentReranker().as_runnable().batch([['a text']])": "Candidates",
     "NodeReranker(keep_retrieval_score='yes')": "keep_retrieval_score",
     "NodeReranker().postprocess_nodes(['a text'], query_str='the query')": "NodeWithScore",
 }
