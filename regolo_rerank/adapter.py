@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -13,7 +12,7 @@ from regolo_rerank.options import Count
 from regolo_rerank.ranking import RerankResponse
 from regolo_rerank.retry import is_passing
 
-__all__ = ["AdapterOptions", "Outcome", "harmless", "report_of", "report_of_failure", "span_attributes"]
+__all__ = ["AdapterOptions", "Outcome", "report_of", "report_of_failure"]
 
 T = TypeVar("T")
 
@@ -55,21 +54,6 @@ def report_of_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]
         "fallback": fallback,
         "error": f"{type(error).__name__}: {error}",
     }
-
-
-def span_attributes(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report as attributes of OpenInference's spans, which leave out what is None."""
-    told = {name: report[name] for name in ("response_id", "request_ids", "fallback")} | (report["usage"] or {})
-    return {f"regolo_rerank.{name}": value for name, value in told.items()}
-
-
-@contextmanager
-def harmless() -> Iterator[None]:
-    """Let no fault of somebody else's tracer become one of the rerank."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        _log.warning("a trace is incomplete: %s: %s", type(error).__name__, error)
 
 
 class AdapterOptions(Reranker):

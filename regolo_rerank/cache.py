@@ -12,10 +12,13 @@ import os
 import threading
 import uuid
 import warnings
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from concurrent.futures import Future
-from typing import Any, Final
-from weakref import WeakKeyDictionary
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, NamedTuple
+from weakref import ref
 
 from regolo_rerank.errors import RerankCacheWarning
 
@@ -24,28 +27,40 @@ __all__ = ["KnownScores", "identity"]
 _log = logging.getLogger("regolo_rerank")
 
 
+class _Claim(NamedTuple):
+    """What a call has taken it on to ask for: when the call has ended, and the event loop that it needs for that."""
+
+    ended: Future[None]
+    loop: AbstractEventLoop | None
+
+
 class _Claims:
     """The pairs that calls of this process are just asking for, by cache."""
 
     def __init__(self) -> None:
         # Mappings such as cachetools' are not made for threads.
         self.lock = threading.RLock()
-        self.held: set[tuple[int, str]] = set()
-        self.changed: Future[None] = Future()
+        self.held: dict[tuple[int, str], _Claim] = {}
 
 
 _claims = _Claims()
-_scorers: Final[WeakKeyDictionary[Callable[..., Any], str]] = WeakKeyDictionary()
+_scorers: Final[dict[int, tuple[ref[Any], str]]] = {}
 
 
 def identity(scorer: Callable[..., Any] | None) -> str:
     """Return a name for a scorer that no other has: two functions of one name may score differently."""
     if scorer is None:
         return ""
-    try:
-        return _scorers.setdefault(scorer, uuid.uuid4().hex)
-    except TypeError:  # it cannot be hashed, so it cannot be recognised either
-        return uuid.uuid4().hex
+    known, name = _scorers.get(id(scorer), (None, ""))
+    if known is None or known() is not scorer:
+        name = uuid.uuid4().hex
+        with suppress(TypeError):  # what cannot be referred to weakly is a new one each time
+            _scorers[id(scorer)] = ref(scorer, partial(_forget, id(scorer))), name
+    return name
+
+
+def _forget(scorer: int, _: ref[Any]) -> None:
+    _scorers.pop(scorer, None)
 
 
 class KnownScores:
@@ -58,8 +73,12 @@ class KnownScores:
 
     def __init__(self, mapping: MutableMapping[str, float], *parts: Any) -> None:
         self._mapping = mapping
-        self._digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=32)
+        # Twice, because sorting wants all keys to be strings, as JSON makes them.
+        sent = json.dumps(json.loads(json.dumps(parts)), sort_keys=True)
+        self._digest = hashlib.blake2b(sent.encode(), digest_size=32)
+        self._claim: _Claim | None = None
         self._claimed: set[tuple[int, str]] = set()
+        self._awaited: set[tuple[int, str]] = set()
         self._works = True
 
     def look_up(self, texts: Iterable[str]) -> dict[str, float]:
@@ -68,9 +87,9 @@ class KnownScores:
 
         def read() -> None:
             for text in texts:
-                score = self._mapping.get(self._key(text))
-                if isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
-                    known[text] = float(score)
+                score = _finite(self._mapping.get(self._key(text)))
+                if score is not None:
+                    known[text] = score
 
         self._try(read, "read")
         return known
@@ -84,25 +103,37 @@ class KnownScores:
 
         self._try(write, "written")
 
-    def claim(self, texts: Iterable[str]) -> Future[None] | None:
-        """Take it on to ask for texts, or return what ends when another call that asks for one of them has ended."""
+    def claim(self, texts: Iterable[str], loop: AbstractEventLoop | None, *, blocking: bool) -> Future[None] | None:
+        """Take it on to ask for texts, or return what is done when another call that asks for one of them has ended.
+
+        Args:
+            texts: The texts whose scores are not known.
+            loop: The event loop that runs in this thread.
+            blocking: Whether waiting blocks the thread, and with it every call that needs the loop.
+        """
         wanted = {(id(self._mapping), self._key(text)) for text in texts}
         with _claims.lock:
-            if not _claims.held.isdisjoint(wanted):
-                return _claims.changed
-            _claims.held |= wanted
-            self._claimed = wanted
+            # Where a call that was awaited has learnt nothing, nobody waits for the next one to fail too.
+            if self._awaited.isdisjoint(wanted):
+                for pair in wanted:
+                    other = _claims.held.get(pair)
+                    if other is not None and not (blocking and loop is not None and other.loop is loop):
+                        self._awaited = {pair for pair in wanted if _claims.held.get(pair) is other}
+                        return other.ended
+            self._claim = _Claim(Future(), None if blocking else loop)
+            self._claimed = wanted - _claims.held.keys()
+            _claims.held.update(dict.fromkeys(self._claimed, self._claim))
         return None
 
     def release(self) -> None:
         """Let other calls ask for what was claimed."""
-        if not self._claimed:
-            return
         with _claims.lock:
-            _claims.held -= self._claimed
+            claim, self._claim = self._claim, None
+            for pair in self._claimed:
+                _claims.held.pop(pair, None)
             self._claimed = set()
-            changed, _claims.changed = _claims.changed, Future()
-        changed.set_result(None)
+        if claim is not None:
+            claim.ended.set_result(None)
 
     def _key(self, text: str) -> str:
         digest = self._digest.copy()
@@ -111,16 +142,29 @@ class KnownScores:
 
     def _try(self, use: Callable[[], None], what: str) -> None:
         """Use the mapping, or do without it for the rest of the call where it fails."""
-        if not self._works:
-            return
-        try:
-            with _claims.lock:
+        with _claims.lock:
+            if not self._works:
+                return
+            try:
                 use()
-        except Exception as error:  # noqa: BLE001 - it is the caller's mapping, and may raise anything
-            self._works = False
-            words = f"the cache cannot be {what}, so this call goes on without it: {type(error).__name__}: {error}"
-            _log.warning(words)
-            warnings.warn(words, RerankCacheWarning, stacklevel=2)
+            except Exception as error:  # noqa: BLE001 - it is the caller's mapping, and may raise anything
+                self._works = False
+                words = f"the cache cannot be {what}, so this call goes on without it: {type(error).__name__}: {error}"
+            else:
+                return
+        _log.warning(words)
+        warnings.warn(words, RerankCacheWarning, stacklevel=2)
+
+
+def _finite(value: object) -> float | None:
+    """Return a score, or None for whatever else a mapping may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        score = float(value)
+    except OverflowError:
+        return None
+    return score if math.isfinite(score) else None
 
 
 def _forked() -> None:

@@ -179,14 +179,15 @@ class Call(Generic[Event]):
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, *, alone: bool = False) -> Future[None] | None:
+    def prepare(self, *, alone: bool = False, blocking: bool) -> Future[None] | None:
         """Find out what has to be sent.
 
         Args:
             alone: Whether to send even what another call is just asking for.
+            blocking: Whether waiting for another call blocks the thread.
 
         Returns:
-            None when the call can go on. Otherwise what ends when another call has ended: it is asking for the same
+            None when the call can go on. Otherwise what is done when another call has ended: it is asking for the same
             pairs, and this call should be prepared again, to find their scores in the cache.
 
         Raises:
@@ -197,7 +198,7 @@ class Call(Generic[Event]):
         if self._known is not None:
             known = self._known.look_up(self.plan.texts)
             unknown = [text for text in self.plan.texts if text not in known]
-            if not alone and (other := self._known.claim(unknown)) is not None:
+            if not alone and (other := self._known.claim(unknown, _running_loop(), blocking=blocking)) is not None:
                 return other
         try:
             if known:
@@ -242,7 +243,7 @@ class Call(Generic[Event]):
             LeftError: The server has too many requests in flight, and another worker has the batch now.
         """
         url, key = self.terms.endpoint.url, self.terms.key
-        request_id = request_id_of(response.headers)
+        request_id = request_id_of(response.headers, key)
         _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
         if response.is_success:
             scores = self.plan.learn(batch, read_reply(body, response.headers, key), request_id, patience.sent)
@@ -335,6 +336,13 @@ class Call(Generic[Event]):
                 f"the http client cannot be used: {error} An httpx client that was passed must be open, and an async "
                 f"one belongs to the event loop that it was first used in"
             ) from error
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class Crew(Generic[Event]):

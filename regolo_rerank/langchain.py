@@ -1,20 +1,14 @@
 """LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
 
-import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from itertools import repeat
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
     from langchain_core import __version__ as langchain_version
-    from langchain_core.callbacks import (
-        AsyncCallbackManagerForChainRun,
-        CallbackManagerForChainRun,
-        Callbacks,
-    )
+    from langchain_core.callbacks import Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
-    from langchain_core.runnables import Runnable, RunnableConfig
     from langchain_core.runnables.config import (
+        RunnableConfig,
         ensure_config,
         get_async_callback_manager_for_config,
         get_callback_manager_for_config,
@@ -22,11 +16,15 @@ try:
 except ImportError as error:
     raise ImportError('regolo_rerank.langchain needs LangChain: pip install "regolo_rerank[langchain]"') from error
 
-from pydantic import BaseModel, SecretStr, create_model, model_validator
+from pydantic import SecretStr, model_validator
 
-from regolo_rerank.adapter import AdapterOptions, Outcome, harmless, span_attributes
+from regolo_rerank.adapter import AdapterOptions, Outcome
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.ranking import RerankResponse, checked_documents
+from regolo_rerank.spans import show_inputs, show_outputs
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import Runnable
 
 __all__ = ["RegoloRerank"]
 
@@ -163,7 +161,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Rank as `rerank` does, without blocking the event loop."""
         return _as_dicts(await self._arank(query, self._texts(documents), model=model, top_n=top_n))
 
-    def as_runnable(self) -> Runnable[Candidates | dict[str, Any], list[Document]]:
+    def as_runnable(self) -> "Runnable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
         It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
@@ -175,7 +173,10 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
             'Pasta al pesto'
         """
-        return _Step(type(self).__name__, self._traced, self._atraced)
+        # LangChain's runnables take longer to load than all else together.
+        from regolo_rerank.langchain_step import Step
+
+        return Step(type(self).__name__, self._traced, self._atraced)
 
     def _traced(self, documents: list[Document], query: str, config: RunnableConfig) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
@@ -184,14 +185,14 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             return self._outcome(query, documents, self._contents, _scored).kept
         inputs = self._inputs(documents, query)
         run = manager.on_chain_start(None, inputs, **self._identity(config))
-        _show_inputs(run, **inputs)
+        show_inputs(run, **inputs)
         try:
             outcome = self._outcome(query, documents, self._contents, _scored)
         except BaseException as error:
             run.on_chain_error(error)
             raise
         outputs = _outputs(outcome)
-        _show_outputs(run, **outputs)
+        show_outputs(run, **outputs)
         run.on_chain_end(outputs)
         return outcome.kept
 
@@ -201,14 +202,14 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             return (await self._aoutcome(query, documents, self._contents, _scored)).kept
         inputs = self._inputs(documents, query)
         run = await manager.on_chain_start(None, inputs, **self._identity(config))
-        _show_inputs(run, **inputs)
+        show_inputs(run, **inputs)
         try:
             outcome = await self._aoutcome(query, documents, self._contents, _scored)
         except BaseException as error:
             await run.on_chain_error(error)
             raise
         outputs = _outputs(outcome)
-        _show_outputs(run, **outputs)
+        show_outputs(run, **outputs)
         await run.on_chain_end(outputs)
         return outcome.kept
 
@@ -246,59 +247,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return "\n".join([*lines, document.page_content]) if lines else document.page_content
 
 
-_Run = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
-
-
-class _Step(Runnable[Candidates | dict[str, Any], list[Document]]):
-    """A reranker as a step of an LCEL chain."""
-
-    def __init__(
-        self,
-        name: str,
-        rerank: Callable[[list[Document], str, RunnableConfig], list[Document]],
-        arerank: Callable[[list[Document], str, RunnableConfig], Awaitable[list[Document]]],
-    ) -> None:
-        self.name = name
-        self._rerank = rerank
-        self._arerank = arerank
-
-    def __repr__(self) -> str:
-        return f"{self.name}().as_runnable()"
-
-    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
-        del config
-        return create_model(self.get_name("Input"), query=(str, ...), documents=(list[Document], ...))
-
-    def invoke(
-        self,
-        input: Candidates | dict[str, Any],  # noqa: A002 - the name that LangChain gives it
-        config: RunnableConfig | None = None,
-        **kwargs: Any,
-    ) -> list[Document]:
-        return self._rerank(*_read(input, kwargs), ensure_config(config))
-
-    async def ainvoke(
-        self,
-        input: Candidates | dict[str, Any],  # noqa: A002 - the name that LangChain gives it
-        config: RunnableConfig | None = None,
-        **kwargs: Any,
-    ) -> list[Document]:
-        return await self._arerank(*_read(input, kwargs), ensure_config(config))
-
-
 def _config(callbacks: Callbacks | None) -> RunnableConfig:
     """Return the configuration of a call that is given callbacks, or takes those of the chain around it."""
     return ensure_config() if callbacks is None else {"callbacks": callbacks}
-
-
-def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[list[Document], str]:
-    if arguments:
-        raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
-    if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
-        raise InvalidInputError(
-            f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"
-        )
-    return checked_documents(candidates["documents"], Document), candidates["query"]
 
 
 def _scored(documents: list[Document], response: RerankResponse) -> list[Document]:
@@ -315,39 +266,6 @@ def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
     fallback = outcome.report["fallback"]
     scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
     return {"documents": outcome.kept, "scores": scores, **outcome.report}
-
-
-def _show_inputs(run: _Run, query: str, documents: list[Document], model: str, top_n: int | None) -> None:
-    top_k = len(documents) if top_n is None else top_n
-    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_shown(documents))
-
-
-def _show_outputs(run: _Run, documents: list[Document], scores: list[float] | None, **report: Any) -> None:
-    _show(run, span_attributes(report), output_documents=_shown(documents, scores))
-
-
-def _show(run: _Run, further: dict[str, Any], **attributes: Any) -> None:
-    """Show a run to OpenInference's tracer, where it listens, with the attributes that it has for a reranker."""
-    if "openinference.instrumentation.langchain" not in sys.modules:
-        return
-    with harmless():
-        from openinference.instrumentation import get_reranker_attributes
-        from openinference.instrumentation.langchain._tracer import OpenInferenceTracer
-
-        for tracer in run.handlers:
-            if isinstance(tracer, OpenInferenceTracer) and (span := tracer.get_span(run.run_id)) is not None:
-                # Its spans are of the run's type. For others the run stays a chain: LangSmith has no type of this name.
-                tracer.run_map[str(run.run_id)].run_type = "reranker"
-                told = {**further, **get_reranker_attributes(**attributes)}
-                # Of too many attributes OpenTelemetry drops the first: these are to be the last documents.
-                span.set_attributes(dict(reversed(told.items())))
-
-
-def _shown(documents: list[Document], scores: list[float] | None = None) -> list[dict[str, Any]]:
-    return [
-        {"content": document.page_content, "id": document.id, "metadata": document.metadata or None, "score": score}
-        for document, score in zip(documents, scores or repeat(None), strict=False)
-    ]
 
 
 def _as_dicts(response: RerankResponse) -> list[RankedIndex]:

@@ -1,6 +1,5 @@
 """LlamaIndex: a node postprocessor that reranks, for query engines and chat engines."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank.adapter import AdapterOptions, Outcome, harmless, report_of_failure, span_attributes
+from regolo_rerank.adapter import AdapterOptions, Outcome, report_of_failure
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.ranking import RerankResponse, Usage, checked_documents
+from regolo_rerank.spans import show_report
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
 
@@ -137,7 +137,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             run.outcome = Outcome([], report_of_failure(error, fallback=False))
             raise
         finally:
-            _show(run.outcome.report)
+            show_report(run.outcome.report)
             _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
 
     def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
@@ -176,14 +176,3 @@ class _Run:
     query: str
     nodes: list[NodeWithScore]
     outcome: Outcome[NodeWithScore] = field(init=False)
-
-
-def _show(report: dict[str, Any]) -> None:
-    """Show on OpenInference's span, where there is one, what it does not take from the events."""
-    if "openinference.instrumentation.llama_index" not in sys.modules:
-        return
-    with harmless():
-        from openinference.instrumentation.llama_index import get_current_span
-
-        if (span := get_current_span()) is not None:
-            span.set_attributes(span_attributes(report))

@@ -31,32 +31,23 @@ T = TypeVar("T", bound=BaseException)
 
 def prepare(call: Call[threading.Event]) -> None:
     """Find out what a call has to send, after the calls that are asking for the same."""
-    bound = call.terms.options.max_retry_seconds
-    alone = _in_an_event_loop()  # whose calls would wait for this one to end
-    while (other := call.prepare(alone=alone)) is not None:
+    alone, until = False, time.monotonic() + call.terms.options.max_retry_seconds
+    while (other := call.prepare(alone=alone, blocking=True)) is not None:
         try:
-            other.result(bound)
+            other.result(max(0.0, until - time.monotonic()))
         except TimeoutError:
             alone = True
 
 
 async def aprepare(call: Call[asyncio.Event]) -> None:
     """Do the same without blocking the event loop."""
-    alone = False
-    while (other := call.prepare(alone=alone)) is not None:
+    alone, until = False, asyncio.get_running_loop().time() + call.terms.options.max_retry_seconds
+    while (other := call.prepare(alone=alone, blocking=False)) is not None:
         try:
-            async with asyncio.timeout(call.terms.options.max_retry_seconds):
+            async with asyncio.timeout_at(until):
                 await asyncio.shield(asyncio.wrap_future(other))
         except TimeoutError:
             alone = True
-
-
-def _in_an_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def finish(call: Call[threading.Event], lines: Lines) -> None:
@@ -74,7 +65,7 @@ async def afinish(call: Call[asyncio.Event], lines: AsyncLines) -> None:
     crew = call.crew_of_its_own()
     if crew.most == 1:
         crew.add(call)
-        await _awork(crew, lines, call.over)
+        await _awork(crew, lines, asyncio.Event())
         return
     tasks = _Tasks(crew, lines)
     try:
@@ -226,7 +217,7 @@ async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Ev
 
 
 def _start(workers: int, crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
-    if crew.most == 1:
+    if workers and crew.most == 1:
         _work(crew, lines, woken)
         return
     try:

@@ -93,9 +93,9 @@ def repaired(value: Any) -> Any:
     return value
 
 
-def request_id_of(headers: Mapping[str, str]) -> str | None:
+def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return headers.get("x-litellm-call-id") or headers.get("x-request-id")
+    return _word(headers.get("x-litellm-call-id") or headers.get("x-request-id"), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
@@ -116,12 +116,12 @@ def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: Secr
         problem = ": ".join(filter(None, [".".join(map(str, line["loc"])), line["msg"]]))
     else:
         if reply.error is None:
-            return reply
+            return reply if secret is None else _without(secret, reply, body)
         problem = "an error in place of results"
     text, details = _understood(body, secret)
     raise APIResponseError(
         f"the reply cannot be trusted: {details.get('message') or problem}",
-        request_id=_word(request_id_of(headers), secret),
+        request_id=request_id_of(headers, secret),
         code=details.get("code"),
         body=text,
     )
@@ -142,7 +142,7 @@ def read_error(
     message = details.get("message") or _plain(text) or "the server gives no reason"
     if location := _word(headers.get("location"), secret):
         message = f"the server points to {location}, and redirects are not followed: set base_url to its address"
-    request_id = _word(request_id_of(headers), secret)
+    request_id = request_id_of(headers, secret)
     where = f"HTTP {status_code}" + (f", request {request_id}" if request_id else "")
     return error_for_status(
         status_code,
@@ -165,10 +165,23 @@ def _understood(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str,
     return text[:_CLIP], {name: _word(details.get(name), secret) for name in ("message", "code", "type")}
 
 
-def _shown(text: str, secret: SecretStr | None) -> str:
+def _without(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
+    """Return a reply that does not quote the key in what callers see of it."""
+    if not any(quoted.encode() in body for quoted in _spellings(secret)):
+        return reply
+    seen = json.loads(_shown(json.dumps([reply.id, reply.meta]), secret))
+    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+
+
+def _spellings(secret: SecretStr | None) -> set[str]:
+    """Return the key as it is, and as JSON may write it."""
     key = secret.get_secret_value() if secret else ""
-    # The key as it is, and as JSON may write it.
-    for quoted in {key, json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/")} - {""}:
+    written = json.dumps(key)[1:-1]
+    return {key, written, written.replace("/", "\\/")} - {""}
+
+
+def _shown(text: str, secret: SecretStr | None) -> str:
+    for quoted in _spellings(secret):
         text = text.replace(quoted, "***")
     return text
 

@@ -57,7 +57,8 @@ def parameters_of(method: FunctionType) -> set[str]:
 
 PUBLIC: list[type] = [
     *(getattr(regolo_rerank, name) for name in regolo_rerank.__all__ if name != "__version__"),
-    *(langchain.RegoloRerank, langchain.Candidates, langchain.RankedIndex, llama_index.RegoloRerank),
+    *(langchain.RegoloRerank, langchain.Candidates, langchain.RankedIndex),
+    *(llama_index.RegoloRerank, llama_index.RegoloReRankEndEvent),
 ]
 
 CLASSES: list[type] = list(dict.fromkeys(base for cls in PUBLIC for base in cls.__mro__ if is_ours(base)))

@@ -1,0 +1,63 @@
+"""The runnable form of LangChain's reranker."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from pydantic import BaseModel, create_model
+
+from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.ranking import checked_documents
+
+__all__ = ["Step"]
+
+
+class Step(Runnable[Any, list[Document]]):
+    """A reranker as a step of an LCEL chain."""
+
+    def __init__(
+        self,
+        name: str,
+        rerank: Callable[[list[Document], str, RunnableConfig], list[Document]],
+        arerank: Callable[[list[Document], str, RunnableConfig], Awaitable[list[Document]]],
+    ) -> None:
+        self.name = name
+        self._rerank = rerank
+        self._arerank = arerank
+
+    def __repr__(self) -> str:
+        return f"{self.name}().as_runnable()"
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        """Return a model of `{"query": ..., "documents": ...}`."""
+        del config
+        return create_model(self.get_name("Input"), query=(str, ...), documents=(list[Document], ...))
+
+    def invoke(
+        self,
+        input: Any,  # noqa: A002 - the name that LangChain gives it
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Rerank `{"query": ..., "documents": ...}` in a run of its own."""
+        return self._rerank(*_read(input, kwargs), ensure_config(config))
+
+    async def ainvoke(
+        self,
+        input: Any,  # noqa: A002 - the name that LangChain gives it
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Do the same without blocking the event loop."""
+        return await self._arerank(*_read(input, kwargs), ensure_config(config))
+
+
+def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[list[Document], str]:
+    if arguments:
+        raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
+    if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
+        raise InvalidInputError(
+            f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"
+        )
+    return checked_documents(candidates["documents"], Document), candidates["query"]
