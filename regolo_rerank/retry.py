@@ -1,19 +1,17 @@
-"""Which error is worth another attempt, and after how long.
+"""Which error is worth another attempt, and how patient a request is.
 
-Scoring has no side effects, so every request is safe to send again; tenacity does the counting and the waiting. What
-all requests of a client share is the gate: when the server tells one of them to wait, the others wait too, instead of
-spending the account's rate limit on further refusals.
+Scoring has no side effects, so every request is safe to send again. What all requests of a client share is the gate:
+when the server tells one of them to wait, the others wait too, instead of spending the account's rate limit on further
+refusals.
 """
 
-import logging
-import random
+import asyncio
 import threading
 import time
+from contextlib import suppress
 from copy import copy
-from typing import TYPE_CHECKING, Any, Final
 
 import httpx
-from tenacity import retry_if_exception, wait_exponential, wait_random_exponential
 
 from regolo_rerank.errors import (
     APIConnectionError,
@@ -25,21 +23,7 @@ from regolo_rerank.errors import (
 )
 from regolo_rerank.options import Options
 
-if TYPE_CHECKING:
-    from tenacity import RetryCallState
-
-__all__ = ["Gate", "Patience", "is_passing"]
-
-_log = logging.getLogger("regolo_rerank")
-
-_BACKOFF: Final = wait_random_exponential(multiplier=1.0, min=0.25, max=8.0)
-"""Seconds, at random up to 1, 2, 4, 8, so that clients do not come back in step."""
-_WINDOW_BACKOFF: Final = wait_exponential(exp_base=5) + wait_random_exponential(exp_base=5)
-"""Seconds after a 429 that names no time, at random 1 to 2, 5 to 10, 25 to 50: the gateway's window is a minute."""
-_SPREAD: Final = 0.1
-"""Seconds at random on top of a wait that the server named."""
-_SLOT_LAG: Final = 0.05
-"""Seconds after a reply in which LiteLLM may still count its request as one in flight (5 ms were seen)."""
+__all__ = ["Gate", "Patience", "is_crowded", "is_passing", "pause"]
 
 
 def is_passing(error: BaseException) -> bool:
@@ -104,28 +88,31 @@ class Patience:
     """How one request waits and tries again; its clock starts when it is first sent.
 
     Attributes:
+        max_retries: Further attempts after the first.
+        max_retry_seconds: Seconds after the first sending in which they start.
+        gate: The wait after a 429.
+        first_sent: When it was first sent, by the monotonic clock.
         sent: How often it was sent.
+        held: Whether the last attempt was held back at the gate, and nothing was sent.
+        lags: Whether the last refusal means that the service has not yet noticed the end of another request.
         follows_success: Whether its sender's last request was good: then the request is not one too many, and a
             refusal for too many in flight means that the service has not yet noticed the end of the last one.
     """
 
     def __init__(self, options: Options, gate: Gate) -> None:
         # Not the options as a whole: tenacity's objects refer to themselves, and would keep all of a call alive.
-        self._max_retries = options.max_retries
-        self._max_retry_seconds = options.max_retry_seconds
-        self._gate = gate
-        self._first_sent: float | None = None
-        self._held = False
+        self.max_retries = options.max_retries
+        self.max_retry_seconds = options.max_retry_seconds
+        self.gate = gate
+        self.first_sent: float | None = None
+        self.held = False
         self._failure: RegoloError | None = None
         self.sent = 0
         self.follows_success = False
-        self._lags = False
+        self.lags = False
 
     def has_failed(self, error: RegoloError) -> None:
-        """Take the failure of a first attempt, which tenacity gets as the outcome of its own.
-
-        Setting tenacity up takes a tenth of a call's time, and most requests need no second attempt.
-        """
+        """Take the failure of a first attempt, which the retries get as the outcome of their own."""
         self._failure = error
 
     def before_sending(self) -> None:
@@ -133,65 +120,21 @@ class Patience:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        refusal = self._gate.refusal()
-        self._held = refusal is not None
+        refusal = self.gate.refusal()
+        self.held = refusal is not None
         if refusal is not None:
             raise refusal
-        self._first_sent = self._first_sent or time.monotonic()
+        self.first_sent = self.first_sent or time.monotonic()
         self.sent += 1
 
     def too_many(self) -> bool:
         """Take a refusal for too many in flight; return whether the request is really one too many."""
-        self._lags, self.follows_success = self.follows_success, False
-        return not self._lags
-
-    def policy(self) -> dict[str, Any]:
-        """Return what tenacity's sync and async drivers both take."""
-        return {
-            "retry": retry_if_exception(is_passing),
-            "wait": self._wait,
-            "stop": self._stop,
-            "before_sleep": self._before_sleep,
-            "reraise": True,
-        }
-
-    def _wait(self, state: "RetryCallState") -> float:
-        error = _error_of(state)
-        # Waiting at the gate is no attempt.
-        state = copy(state)
-        state.attempt_number = max(self.sent, 1)
-        wait = getattr(error, "retry_after", None)
-        if wait is not None:
-            wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
-        elif is_crowded(error) and self._lags:
-            wait = _SLOT_LAG
-        elif is_crowded(error):
-            wait = self._gate.seconds_a_request * 2 ** (state.attempt_number - 1) + _BACKOFF(state)
-        elif isinstance(error, RateLimitError):
-            wait = _WINDOW_BACKOFF(state)
-        else:
-            wait = _BACKOFF(state)
-        return max(wait, self._gate.held_for())
-
-    def _stop(self, state: "RetryCallState") -> bool:
-        now = time.monotonic()
-        spent = now - (self._first_sent or now) + state.upcoming_sleep
-        return self.sent > self._max_retries or spent >= self._max_retry_seconds
-
-    def _before_sleep(self, state: "RetryCallState") -> None:
-        error = _error_of(state)
-        if self._held:
-            return
-        if isinstance(error, RateLimitError) and not is_crowded(error):
-            self._gate.close_for(state.upcoming_sleep, error)
-        _log.warning(
-            "attempt %d failed, next in %.2f s: %s: %s",
-            self.sent,
-            state.upcoming_sleep,
-            type(error).__name__,
-            str(error),
-        )
+        self.lags, self.follows_success = self.follows_success, False
+        return not self.lags
 
 
-def _error_of(state: "RetryCallState") -> BaseException | None:
-    return state.outcome.exception() if state.outcome is not None else None
+async def pause(over: asyncio.Event, seconds: float) -> None:
+    """Wait for some seconds, or until a call is over."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await over.wait()

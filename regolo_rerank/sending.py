@@ -9,17 +9,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager, aclosing, suppress
+from contextlib import AbstractContextManager, aclosing
 from contextvars import copy_context
-from functools import partial
 from typing import Generic, Self, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, Retrying, sleep_using_event
 
 from regolo_rerank.calls import Call, Crew, EndedError, Event, LeftError
 from regolo_rerank.errors import APIConnectionError, RegoloError
 from regolo_rerank.lines import AsyncLine, Line
+from regolo_rerank.retry import pause
 
 __all__ = ["AsyncEnded", "AsyncLines", "Lines", "afinish", "aprepare", "ended", "finish", "prepare"]
 
@@ -292,7 +291,9 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
         patience.has_failed(error)
     else:
         return
-    Retrying(sleep=sleep_using_event(call.over), **patience.policy())(attempt)
+    from regolo_rerank.backoff import again
+
+    again(patience, call.over)(attempt)
 
 
 async def _asend(
@@ -313,20 +314,14 @@ async def _asend(
                             call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    # Not the call: tenacity's objects refer to themselves, and would keep all of it alive.
-    pause = partial(_pause, call.over)
     if held := call.terms.gate.held_for():
-        await pause(held)
+        await pause(call.over, held)
     try:
         await attempt()
     except RegoloError as error:
         patience.has_failed(error)
     else:
         return
-    await AsyncRetrying(sleep=pause, **patience.policy())(attempt)
+    from regolo_rerank.backoff import async_again
 
-
-async def _pause(over: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await over.wait()
+    await async_again(patience, call.over)(attempt)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import pytest
 from tenacity import wait_none
 
-from regolo_rerank import RegoloClient, RerankResponse, retry
+from regolo_rerank import RegoloClient, RerankResponse, backoff
 from tests.stub import Stub
 
 KEY = "sk-canary-4f1d"
@@ -31,9 +31,9 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_backoff(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once, except where the server names a wait, or a test asks for `real_backoff`."""
     if "real_backoff" not in request.keywords:
-        monkeypatch.setattr(retry, "_BACKOFF", wait_none())
-        monkeypatch.setattr(retry, "_WINDOW_BACKOFF", wait_none())
-        monkeypatch.setattr(retry, "_SPREAD", 0.0)
+        monkeypatch.setattr(backoff, "_BACKOFF", wait_none())
+        monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", wait_none())
+        monkeypatch.setattr(backoff, "_SPREAD", 0.0)
 
 
 @pytest.fixture

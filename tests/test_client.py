@@ -25,6 +25,7 @@ from regolo_rerank import (
     RegoloError,
     RerankResponse,
     ServerError,
+    backoff,
     calls,
     pools,
     retry,
@@ -886,5 +887,5 @@ def test_waiting_at_the_gate_uses_up_no_backoff(monkeypatch: pytest.MonkeyPatch)
     state.attempt_number = 5
     state.outcome = Future(5)
     state.outcome.set_exception(RateLimitError("Rate limit exceeded", status_code=429))
-    monkeypatch.setattr(retry, "_WINDOW_BACKOFF", lambda state: float(state.attempt_number))
-    assert patience.policy()["wait"](state) == 1.0
+    monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", lambda state: float(state.attempt_number))
+    assert backoff.again(patience, threading.Event()).wait(state) == 1.0

@@ -25,8 +25,8 @@ from regolo_rerank import (
     RegoloClient,
     RegoloError,
     ServerError,
+    backoff,
     calls,
-    retry,
 )
 from tests.entries import KINDS, Entry
 from tests.faults import Fault, FaultServer, bomb, changed, endless, http, ranking, sends, stalls, trickles
@@ -241,7 +241,7 @@ def test_a_fault_gives_the_right_ranking_or_an_error_of_ours(
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_nobody_listens(kind: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused connection is tried again, and is an error of ours if it stays refused."""
-    monkeypatch.setattr(retry, "_BACKOFF", wait_fixed(0.2))
+    monkeypatch.setattr(backoff, "_BACKOFF", wait_fixed(0.2))
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
