@@ -136,7 +136,7 @@ class Terms:
             options.cache,
             str(self.endpoint.url),
             options.model,
-            options.extra_body,
+            sorted((options.extra_body or {}).items()),
             identity(options.scorer),
             self.prompt_format.document,
             self.prompt_format.escape,
@@ -179,15 +179,14 @@ class Call(Generic[Event]):
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, *, alone: bool = False, blocking: bool) -> Future[None] | None:
+    def prepare(self, loop: asyncio.AbstractEventLoop | None = None) -> Future[None] | None:
         """Find out what has to be sent.
 
         Args:
-            alone: Whether to send even what another call is just asking for.
-            blocking: Whether waiting for another call blocks the thread.
+            loop: The event loop of an async call.
 
         Returns:
-            None when the call can go on. Otherwise what is done when another call has ended: it is asking for the same
+            None when the call can go on. Otherwise what ends when another call has ended: it is asking for the same
             pairs, and this call should be prepared again, to find their scores in the cache.
 
         Raises:
@@ -196,27 +195,28 @@ class Call(Generic[Event]):
         """
         known: dict[str, float] = {}
         if self._known is not None:
-            known = self._known.look_up(self.plan.texts)
-            unknown = [text for text in self.plan.texts if text not in known]
-            if not alone and (other := self._known.claim(unknown, _running_loop(), blocking=blocking)) is not None:
-                return other
-        try:
-            if known:
-                self.plan.cut(known)
-            self._arguments = self.terms.arguments() if self.plan.batches else {}
-        except RegoloError:
-            self.close()
-            raise
+            claimed = self._known.claim(self.plan.texts, loop)
+            if isinstance(claimed, Future):
+                return claimed
+            known = claimed
+        if known:
+            self.plan.cut(known)
+        self._arguments = self.terms.arguments() if self.plan.batches else {}
         self._unranked = len(self.plan.batches)
         if not self._unranked:
             self.close()
         return None
 
     def close(self) -> None:
-        """End the call, ranked or not; what has not started never starts."""
+        """End the call, ranked or not, in the caller's thread; what has not started never starts."""
+        self._end()
+        if self._known is not None:
+            self._known.settle()
+
+    def _end(self) -> None:
         self.over.set()
         if self._known is not None:
-            self._known.release()
+            self._known.end()
 
     def crew_of_its_own(self) -> "Crew[Event]":
         """Return as many workers as this call alone can use."""
@@ -248,7 +248,7 @@ class Call(Generic[Event]):
         if response.is_success:
             scores = self.plan.learn(batch, read_reply(body, response.headers, key), request_id, patience.sent)
             if self._known is not None:
-                self._known.keep({self.plan.texts[slot]: score for slot, score in scores.items()})
+                self._known.learn({self.plan.texts[slot]: score for slot, score in scores.items()})
             self.terms.gate.took(time.monotonic() - started)
             return
         error = read_error(response.status_code, body, response.headers, key)
@@ -268,14 +268,14 @@ class Call(Generic[Event]):
             self._unranked -= 1
             ranked = not self._unranked
         if ranked:
-            self.close()
+            self._end()
 
     def fail(self, error: BaseException) -> None:
         """End the call with the first final failure; what has not started never starts."""
         if not self.over.is_set():
             # The worker's own frame, on top, goes on with other calls: it is not to be emptied with this one's.
             self._failure = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-            self.close()
+            self._end()
 
     def response(self) -> RerankResponse:
         """Return the ranking of a call that has ended, or raise what ended it."""
@@ -336,13 +336,6 @@ class Call(Generic[Event]):
                 f"the http client cannot be used: {error} An httpx client that was passed must be open, and an async "
                 f"one belongs to the event loop that it was first used in"
             ) from error
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class Crew(Generic[Event]):

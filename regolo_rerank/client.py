@@ -426,6 +426,7 @@ def _outcome(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> Rer
         with _forgetful_errors():
             if isinstance(call, RegoloError):
                 raise call
+            call.close()
             return call.response()
     except RegoloError as error:
         if return_exceptions:

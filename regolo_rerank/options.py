@@ -124,9 +124,8 @@ def _dumped_key(key: SecretStr | None) -> str | None:
 
 
 def _checked_cache(cache: object) -> object:
-    if isinstance(cache, type) or (
-        cache is not None and not all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
-    ):
+    writable = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
+    if cache is not None and (isinstance(cache, type) or not writable):
         raise ValueError("must be a mapping that can be written, such as a dict")
     return cache
 
@@ -261,8 +260,7 @@ class Options(BaseModel):
         default=None, exclude=True, repr=False
     )
     """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
-    does not hold are sent. It is used by one thread at a time: those that send, and the event loop's. It is left out of
-    dumps and pickles."""
+    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""

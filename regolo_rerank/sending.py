@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, aclosing
 from contextvars import copy_context
 from typing import Generic, Self, TypeVar
@@ -30,23 +31,16 @@ T = TypeVar("T", bound=BaseException)
 
 def prepare(call: Call[threading.Event]) -> None:
     """Find out what a call has to send, after the calls that are asking for the same."""
-    alone, until = False, time.monotonic() + call.terms.options.max_retry_seconds
-    while (other := call.prepare(alone=alone, blocking=True)) is not None:
-        try:
-            other.result(max(0.0, until - time.monotonic()))
-        except TimeoutError:
-            alone = True
+    until = time.monotonic() + call.terms.options.max_retry_seconds
+    while (other := call.prepare()) is not None:
+        wait([other], max(0.0, until - time.monotonic()))
 
 
 async def aprepare(call: Call[asyncio.Event]) -> None:
     """Do the same without blocking the event loop."""
-    alone, until = False, asyncio.get_running_loop().time() + call.terms.options.max_retry_seconds
-    while (other := call.prepare(alone=alone, blocking=False)) is not None:
-        try:
-            async with asyncio.timeout_at(until):
-                await asyncio.shield(asyncio.wrap_future(other))
-        except TimeoutError:
-            alone = True
+    until = time.monotonic() + call.terms.options.max_retry_seconds
+    while (other := call.prepare(asyncio.get_running_loop())) is not None:
+        await asyncio.wait([asyncio.wrap_future(other)], timeout=max(0.0, until - time.monotonic()))
 
 
 def finish(call: Call[threading.Event], lines: Lines) -> None:

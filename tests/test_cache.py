@@ -371,10 +371,10 @@ def test_a_scorer_may_ask_for_its_own_pair(rank: Rank) -> None:
 
 
 class Table(MutableMapping[str, float]):
-    """A table in SQLite, which any thread may use, but only one at a time."""
+    """A table in SQLite, which may be used in one thread only."""
 
     def __init__(self) -> None:
-        self._table = sqlite3.connect(":memory:", check_same_thread=False)
+        self._table = sqlite3.connect(":memory:")
         self._table.execute("CREATE TABLE scores (key PRIMARY KEY, score)")
 
     def __getitem__(self, key: str) -> float:
@@ -406,13 +406,13 @@ MAPPINGS: dict[str, Callable[[Path], Any]] = {
     "TTLCache": lambda _: TTLCache(100, 60),
     "diskcache": lambda folder: Cache(str(folder)),
     "shelve": lambda folder: shelve.open(str(folder / "scores")),  # noqa: S301, SIM115 - our own file; closed below
-    "SQLite": lambda _: Table(),
+    "one thread": lambda _: Table(),
 }
 
 
 @pytest.mark.parametrize("kind", MAPPINGS)
 def test_any_mapping_will_do(rank: Rank, stub: Stub, tmp_path: Path, kind: str) -> None:
-    """In memory or on disk: all pairs of several batches are kept."""
+    """In memory, on disk, or in the caller's thread only: all pairs of several batches are kept."""
     known = MAPPINGS[kind](tmp_path)
     with opened(stub, known, batch_size=1) as client:
         for requests in (4, 0):
