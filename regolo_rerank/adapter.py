@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from regolo_rerank.client import Reranker
 from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
 from regolo_rerank.ranking import RerankResponse
+from regolo_rerank.reranker import Reranker
 from regolo_rerank.retry import is_passing
 
 __all__ = ["AdapterOptions", "Outcome", "report_of", "report_of_failure"]

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Generic, TypeVar
 
-import httpcore
 import httpx
 
 __all__ = ["AsyncLine", "Line", "is_proxied"]
@@ -26,6 +25,8 @@ def _transport(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> Any:
 
 def is_proxied(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> bool:
     """Return whether a client reaches a URL through a proxy."""
+    import httpcore
+
     pool = getattr(_transport(client, url), "_pool", None)
     return isinstance(
         pool, httpcore.HTTPProxy | httpcore.AsyncHTTPProxy | httpcore.SOCKSProxy | httpcore.AsyncSOCKSProxy

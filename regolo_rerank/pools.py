@@ -25,7 +25,7 @@ from regolo_rerank.retry import Gate
 
 __all__ = ["Pools"]
 
-Route = Literal["embedded", "loopback", "remote"]
+Route = Literal["embedded", "plain", "loopback", "remote"]
 Transport = Literal["httpx", "aiohttp"]
 
 C = TypeVar("C", httpx.Client, httpx.AsyncClient)
@@ -52,7 +52,9 @@ def _ssl_context() -> ssl.SSLContext:
 def _route(endpoint: Endpoint) -> Route:
     if endpoint.embedded:
         return "embedded"
-    return "loopback" if endpoint.loopback else "remote"
+    if endpoint.loopback:
+        return "plain" if endpoint.url.scheme == "http" else "loopback"
+    return "remote"
 
 
 def _settings(route: Route, transport: Transport = "httpx") -> dict[str, Any]:
@@ -61,11 +63,13 @@ def _settings(route: Route, transport: Transport = "httpx") -> dict[str, Any]:
         return {"transport": EmbeddedTransport()}
     # The environment's proxies are honoured, but loopback is never proxied.
     trust_env = route == "remote"
+    # Plain http on this machine, where no redirect is followed and no proxy asked, meets no certificate.
+    verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if route == "plain" else _ssl_context()
     if transport == "aiohttp":
         from regolo_rerank.aiohttp_transport import AiohttpTransport
 
-        return {"transport": AiohttpTransport(_ssl_context(), _KEEPALIVE, trust_env=trust_env), "trust_env": False}
-    return {"verify": _ssl_context(), "limits": _LIMITS, "trust_env": trust_env}
+        return {"transport": AiohttpTransport(verify, _KEEPALIVE, trust_env=trust_env), "trust_env": False}
+    return {"verify": verify, "limits": _LIMITS, "trust_env": trust_env}
 
 
 def _opened(kind: type[C], route: Route, transport: Transport = "httpx") -> C:

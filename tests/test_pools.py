@@ -57,7 +57,7 @@ def test_a_loop_that_was_closed_without_its_generators_is_forgotten(client: Rego
     """A loop whose owner skipped shutdown_asyncgens does not stay for ever."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(ranked(client))
-    (line,) = client._pools._loops[loop].pools["loopback", "httpx"].lines
+    (line,) = client._pools._loops[loop].pools["plain", "httpx"].lines
     loop.run_until_complete(line.client.aclose())
     loop.close()
     asyncio.run(ranked(client))
