@@ -14,7 +14,8 @@
     │   └── ServerError                    408, 5xx
     └── APIResponseError                   a 2xx that cannot be trusted
 
-Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with.
+Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, and `RerankCacheWarning` tells of a
+`cache` that fails.
 """
 
 from typing import Any

@@ -1,5 +1,7 @@
 import asyncio
 import gc
+import socket
+import ssl
 import sys
 import time
 import warnings
@@ -8,6 +10,7 @@ import httpx
 import pytest
 
 from regolo_rerank import APIConnectionError, APIStatusError, APITimeoutError, InvalidInputError, RegoloClient
+from regolo_rerank.aiohttp_transport import AiohttpTransport
 from regolo_rerank.lines import is_proxied
 from tests.conftest import KEY
 from tests.faults import FaultServer, http, sends
@@ -140,6 +143,28 @@ def test_no_error_quotes_a_reply_that_is_no_http() -> None:
         assert type(link).__module__.partition(".")[0] in {"regolo_rerank", "httpx"}
         assert KEY not in f"{link!r} {vars(link)}"
         link = link.__context__
+
+
+@pytest.mark.parametrize("kind", ["http", "https"])
+def test_a_host_that_cannot_be_reached_is_a_connection_error(kind: str) -> None:
+    """A refused connection, and a proxy that refuses, are errors of ours, without the words of aiohttp."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"{kind}://127.0.0.1:{bound.getsockname()[1]}"
+        client = RegoloClient(KEY, base_url=url, async_transport="aiohttp", max_retries=0)
+        with pytest.raises(APIConnectionError, match="onnect") as caught:
+            asyncio.run(ranked(client))
+    assert type(caught.value.__cause__) is httpx.ConnectError
+
+
+def test_a_client_that_never_called_closes(client: RegoloClient) -> None:
+    """Closing without a call, and twice, does nothing."""
+
+    async def closed() -> None:
+        await client.aclose()
+        await AiohttpTransport(ssl.create_default_context(), 1.0, trust_env=False).aclose()
+
+    asyncio.run(closed())
 
 
 def test_without_aiohttp_the_error_names_the_extra(client: RegoloClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,11 @@ CLASS = pytest.mark.parametrize("name", public_classes())
 def test_the_drawn_hierarchy_is_the_real_one() -> None:
     """The docstring draws every error once, below the class that it inherits from."""
     bases = {name: [base.__name__ for base in error.__bases__] for name, error in public_classes().items()}
-    assert bases.pop("RerankFallbackWarning") == ["UserWarning"]
+    for warning in ("RerankCacheWarning", "RerankFallbackWarning"):
+        assert bases.pop(warning) == ["UserWarning"]
+        assert warning in DOCUMENTATION
     assert {line.name: line.bases for line in TREE.values()} == bases
     assert len(list(drawn())) == len(TREE)
-    assert "RerankFallbackWarning" in DOCUMENTATION
 
 
 def test_all_names_the_public_classes() -> None:

@@ -22,7 +22,7 @@ try:
     RegoloClient(base_url="local://").rerank("q", ["a"])
 except InvalidInputError as error:
     assert "regolo_rerank[local]" in str(error)
-for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index")):
+for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index"), ("plot", "plot")):
     try:
         __import__(f"regolo_rerank.{module}")
     except ImportError as error:

@@ -370,6 +370,19 @@ def test_no_spelling_of_the_key_is_shown() -> None:
     assert key not in f"{caught.value} {caught.value.__dict__}"
 
 
+def test_a_ranking_does_not_show_a_key_that_the_server_quotes(
+    rank: Rank, client: RegoloClient, stub: Stub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What callers and logs see of a good reply, its id, meta and request id, has *** in place of the key."""
+    body = {**results((1, 0.9), (0, 0.1)), "id": f"id-{KEY}", "meta": {KEY: [KEY, 1]}}
+    stub.always(Reply(body, headers={"x-litellm-call-id": f"call-{KEY}"}))
+    caplog.set_level("DEBUG", "regolo_rerank")
+    response = rank(client, QUERY, DOCUMENTS[:2])
+    assert (response.id, response.meta, response.request_ids) == ("id-***", {"***": ["***", 1]}, ["call-***"])
+    assert [result.index for result in response.results] == [1, 0]
+    assert KEY not in caplog.text
+
+
 def test_a_200_with_an_empty_error_says_that_it_has_one() -> None:
     """An error without words is still an error in place of results."""
     with pytest.raises(APIResponseError, match="an error in place of results"):
