@@ -1,4 +1,5 @@
 import asyncio
+import signal
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -9,6 +10,10 @@ from regolo_rerank import RegoloClient, RerankResponse, backoff
 from tests.stub import Stub
 
 KEY = "sk-canary-4f1d"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script in the background ignores Ctrl-C, and the processes that tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Rank(Protocol):

@@ -429,7 +429,7 @@ def test_an_endless_source_is_read_a_window_ahead(many: Many, stub: Stub, max_co
         time.sleep(0.05)
     assert len(source.got) == 20
     assert source.ahead <= 4 * max_concurrency
-    assert source.ahead >= max_concurrency
+    assert source.ahead >= (max_concurrency if delay else 1)  # a server that takes no time may keep up with the reading
     assert len(stub.received) <= sent + max_concurrency  # those on their way into the server
     assert soon(lambda: stub.at_once == 0)
 
