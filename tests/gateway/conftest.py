@@ -33,9 +33,9 @@ class Gateway:
 
     @property
     def statuses(self) -> list[object]:
-        """What the gateway answered, a status a request, in order, as httpx logs it."""
-        logged = [record.args for record in self.seen.records if record.name == "httpx"]
-        return [args[3] for args in logged if isinstance(args, tuple) and str(args[1]).startswith(self.url)]
+        """What the gateway answered, a status a request, in order, as the client logs it."""
+        logged = [record.args for record in self.seen.records if str(record.msg).startswith("%s answered")]
+        return [arguments[1] for arguments in logged if isinstance(arguments, tuple)]
 
 
 @pytest.fixture(scope="session")
@@ -111,5 +111,5 @@ def upstream(_upstream: Stub) -> Stub:
 def gateway(_gateway_url: str, upstream: Stub, caplog: pytest.LogCaptureFixture) -> Gateway:
     """The running gateway, in front of `upstream`."""
     del upstream
-    caplog.set_level(logging.INFO, logger="httpx")
+    caplog.set_level(logging.DEBUG, logger="regolo_rerank")
     return Gateway(_gateway_url, caplog)
