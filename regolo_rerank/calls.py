@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Final, Generic, TypeVar
 
 import httpx
@@ -90,16 +91,17 @@ class Terms:
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.callers_client = callers_client
         self._user_agent = user_agent
-        self._key: SecretStr | None = None
-        self._arguments: dict[str, Any] | None = None
 
+    @cached_property
+    def key(self) -> SecretStr | None:
+        """The key that requests carry."""
+        return self.options.key_for(self.endpoint)
+
+    @cached_property
     def arguments(self) -> dict[str, Any]:
-        """Return what all requests have in common, as arguments of `stream`; a key is needed from here on."""
-        if self._arguments is not None:
-            return self._arguments
+        """What all requests have in common, as arguments of `stream`; a key is needed from here on."""
         url = self.endpoint.url
-        self._key = self.options.key_for(self.endpoint)
-        in_the_clear = self._key is not None and url.scheme == "http" and not self.options.allow_http
+        in_the_clear = self.key is not None and url.scheme == "http" and not self.options.allow_http
         if in_the_clear and self.callers_client is not None and is_proxied(self.callers_client, url):
             raise InvalidInputError(
                 "http_client: its proxy would see the API key in the clear; use https, a client without a proxy, "
@@ -120,11 +122,10 @@ class Terms:
             arguments["follow_redirects"] = False
         elif self.timeout is not None:
             arguments["timeout"] = self.timeout
-        if self._key is not None:
-            arguments["auth"] = _BearerAuth(self._key)
+        if self.key is not None:
+            arguments["auth"] = _BearerAuth(self.key)
         if self.options.scorer is not None:
             arguments["extensions"] = {SCORER_EXTENSION: self.options.scorer}
-        self._arguments = arguments
         return arguments
 
     def known_scores(self, query: str) -> KnownScores | None:
@@ -148,11 +149,6 @@ class Terms:
         most = self.options.max_concurrency
         return Crew(most, window=4 * most if most > 1 else 1)
 
-    @property
-    def key(self) -> SecretStr | None:
-        """The key that requests carry."""
-        return self._key
-
 
 class Call(Generic[Event]):
     """One query and its documents, from the plan to the ranking.
@@ -173,7 +169,6 @@ class Call(Generic[Event]):
         self.plan = Plan(checked_query(query), checked_documents(documents, str), terms.options, terms.prompt_format)
         self.crew: Crew[Event] | None = None
         self._known = terms.known_scores(self.plan.query)
-        self._arguments: dict[str, Any] = {}
         self._patience: dict[range, Patience] = {}
         self._unranked = 0
         self._failure: BaseException | None = None
@@ -199,11 +194,11 @@ class Call(Generic[Event]):
             if isinstance(claimed, Future):
                 return claimed
             known = claimed
-        if known:
-            self.plan.cut(known)
-        self._arguments = self.terms.arguments() if self.plan.batches else {}
+        self.plan.cut(known)
         self._unranked = len(self.plan.batches)
-        if not self._unranked:
+        if self._unranked:
+            _ = self.terms.arguments  # refused before anything waits or is sent
+        else:
             self.close()
         return None
 
@@ -224,7 +219,7 @@ class Call(Generic[Event]):
 
     def request(self, batch: range) -> dict[str, Any]:
         """Return the arguments of a batch's request, for the `stream` of a line or of an httpx client."""
-        return {**self._arguments, "content": self.plan.request(batch)}
+        return {**self.terms.arguments, "content": self.plan.request(batch)}
 
     def patience(self, batch: range, *, follows_success: bool) -> Patience:
         """Return the patience of a batch's request, the same one whoever sends it."""
@@ -342,7 +337,7 @@ class Crew(Generic[Event]):
     """The batches of the calls under way, and the workers that share them; a worker that finds no batch leaves.
 
     Where the account may have fewer requests in flight than there are workers, a worker that is refused hands its
-    batch back and leaves for good; the last one stays and waits.
+    batch back and leaves; the last one stays and waits. A minute later one more may start.
 
     Attributes:
         most: Workers at most.

@@ -37,7 +37,7 @@ class RegoloClient(Reranker):
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used at each call.
-        **options: Any field below, by name.
+        **options: Any option, by name; see `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
@@ -172,7 +172,7 @@ class RegoloClient(Reranker):
             self.http_client,
         )
         _check_pairs(pairs, Iterable)
-        terms.arguments()
+        _ = terms.arguments  # refused at once
         return self._many(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     @overload
@@ -222,7 +222,7 @@ class RegoloClient(Reranker):
             self.async_http_client,
         )
         _check_pairs(pairs, Iterable, AsyncIterable)
-        terms.arguments()
+        _ = terms.arguments  # refused at once
         return self._amany(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     def _many(

@@ -37,6 +37,7 @@ _KEEPALIVE: Final = 60.0
 _LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE)
 
 _MOST_LINES: Final = 16
+"""Of a pool: with more requests in flight than they have room for, they share what there is."""
 
 _fork_lock = threading.Lock()
 
@@ -75,9 +76,9 @@ def _settings(route: Route, transport: Transport = "httpx") -> dict[str, Any]:
 def _opened(kind: type[C], route: Route, transport: Transport = "httpx") -> C:
     try:
         return kind(**_settings(route, transport))
+    except InvalidInputError:
+        raise  # an extra is missing
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
-        if isinstance(error, InvalidInputError):
-            raise
         problem = f"the environment's proxies or certificates cannot be used: {error}"
     raise APIConnectionError(problem)
 

@@ -149,7 +149,7 @@ class Plan:
     Attributes:
         query: The query string of all requests.
         texts: The distinct texts of the documents, those that have to be sent first.
-        batches: One range a request, over the texts; empty where there is nothing to send.
+        batches: One range a request, over the texts; empty where there is nothing to send, and before `cut`.
 
     Raises:
         InvalidInputError: The query alone fills a request.
@@ -163,7 +163,15 @@ class Plan:
         self._slots, self.texts = _distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._receipts: dict[range, _Receipt] = {}
-        self.cut({})
+        self.batches: list[range] = []
+        # In a request: what is left for the documents.
+        most = options.batch_size
+        self._budget = options.max_request_bytes - len(self._encoded([])) - len(b',"top_n":') - len(str(most))
+        if self._budget <= 0:
+            raise InvalidInputError(
+                f"query: with instruction and extra_body it fills a request of max_request_bytes="
+                f"{options.max_request_bytes}; shorten it or raise that limit"
+            )
 
     def cut(self, known: Mapping[str, float]) -> None:
         """Cut into batches what has to be sent: the texts without a known score."""
@@ -195,13 +203,7 @@ class Plan:
 
     def _cut(self, count: int) -> list[range]:
         """Cut the first texts into as few batches as the limits allow, even ones where that keeps within the bytes."""
-        most = self._options.batch_size
-        budget = self._options.max_request_bytes - len(self._encoded([])) - len(b',"top_n":') - len(str(most))
-        if budget <= 0:
-            raise InvalidInputError(
-                f"query: with instruction and extra_body it fills a request of max_request_bytes="
-                f"{self._options.max_request_bytes}; shorten it or raise that limit"
-            )
+        most, budget = self._options.batch_size, self._budget
         even = _even(count, -(-count // most))
         # Most calls are far below the limit: then nothing needs to be encoded to know it.
         longest = max(map(len, islice(self.texts, count)), default=0) + len(self._format.document)

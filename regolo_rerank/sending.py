@@ -206,7 +206,6 @@ async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Ev
             follows_success = True
             call.ranked_one()
         woken.set()
-        del call, todo
 
 
 def _start(workers: int, crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
@@ -239,7 +238,6 @@ def _work(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> 
             follows_success = True
             call.ranked_one()
         woken.set()
-        del call, todo
 
 
 def _wait_for(call: Call[threading.Event] | BaseException, woken: threading.Event) -> None:

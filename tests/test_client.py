@@ -20,6 +20,7 @@ from regolo_rerank import (
     InvalidInputError,
     MissingAPIKeyError,
     NotFoundError,
+    PromptFormat,
     RateLimitError,
     RegoloClient,
     RegoloError,
@@ -101,6 +102,24 @@ def test_a_threshold_applies_after_top_n_and_no_blank_passes_it(rank: Rank, clie
     assert pairs(rank(client, "q", documents, score_threshold=0.0).results) == [(3, 0.9), (0, 0.2)]
     assert pairs(rank(client, "q", documents, top_n=1, score_threshold=0.1).results) == [(3, 0.9)]
     assert rank(client, "q", documents, top_n=1, score_threshold=0.95).results == []
+
+
+def test_the_strings_that_are_sent_are_built_a_batch_at_a_time(
+    rank: Rank, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more documents than one request holds are put into words at once, and each of them once."""
+    built: list[int] = []
+    put_into_words = PromptFormat.format_documents
+
+    def counted(self: PromptFormat, documents: list[str]) -> list[str]:
+        built.append(len(documents))
+        return put_into_words(self, documents)
+
+    monkeypatch.setattr(PromptFormat, "format_documents", counted)
+    documents = [f"{index} score=0.5" for index in range(1_000)]
+    rank(RegoloClient(KEY, base_url=stub.url, top_n=5), "q", documents)
+    # One more for each reply, whose first echo is compared with what was sent.
+    assert sorted(built) == [1] * 10 + [100] * 10
 
 
 def test_arguments_of_a_call_stand_in_for_options(rank: Rank, stub: Stub) -> None:

@@ -226,6 +226,7 @@ def test_any_reply_gives_the_ranking_or_an_error_of_ours(times: int) -> None:
     def holds(case: Case) -> None:
         headers = httpx.Headers(case.headers)
         plan = Plan("q", case.texts, Options(top_n=case.top_n), PRESETS["plain"])
+        plan.cut({})
         (batch,) = plan.batches
 
         def rank() -> Pairs:
@@ -307,6 +308,7 @@ def test_any_documents_are_sent_once_and_ranked(times: int) -> None:
         }
         try:
             plan = Plan(query, documents, options, form)
+            plan.cut({})
         except InvalidInputError as error:
             check_error(error)
             assert len(json.dumps(bare, ensure_ascii=False).encode()) + 20 > options.max_request_bytes

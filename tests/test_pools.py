@@ -2,6 +2,7 @@ import asyncio
 import copy
 import gc
 import multiprocessing
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from regolo_rerank import APITimeoutError, RegoloClient
+from regolo_rerank import APITimeoutError, RegoloClient, pools
+from regolo_rerank.aiohttp_transport import AiohttpTransport
 from tests.conftest import KEY, Rank
 from tests.stub import Reply, Stub, pairs, scored
 
@@ -246,3 +248,25 @@ def test_a_notebooks_nested_loop(stub: Stub) -> None:
         timeout=50,
     )
     assert (done.stdout, done.stderr) == ("[1, 1, 1] [1, 1, 1]\n", "")
+
+
+@pytest.mark.parametrize("transport", ["sync", "httpx", "aiohttp"])
+@pytest.mark.parametrize("host", ["https://127.0.0.1", "https://api.regolo.ai"])
+def test_https_verifies_certificates(host: str, transport: Any) -> None:
+    """Whoever holds the connection, https goes by the shared context, which demands a certificate that it knows."""
+
+    async def opened(client: RegoloClient) -> ssl.SSLContext:
+        async with client._pools.async_pool(client.endpoint(), transport) as line:
+            with line() as taken:
+                used = taken.client._transport
+        return used._verify if isinstance(used, AiohttpTransport) else used._pool._ssl_context  # type: ignore[attr-defined]  # httpx's own
+
+    client = RegoloClient(KEY, base_url=host)
+    if transport == "sync":
+        with client._pools.pool(client.endpoint()) as line, line() as taken:
+            context = taken.client._transport._pool._ssl_context  # type: ignore[attr-defined]  # httpx's own
+    else:
+        context = asyncio.run(opened(client))
+    assert context is pools._ssl_context()
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert context.get_ca_certs()

@@ -52,6 +52,7 @@ def test_any_plan_ranks_as_one_big_sort(seed: int) -> None:
         score_threshold=rng.choice([None, None, 0.2]),
     )
     plan = Plan("q", documents, options, PromptFormat(escape=False))
+    plan.cut({})
     for batch in plan.batches:
         assert len(batch) <= options.batch_size
         assert len(plan.request(batch)) <= options.max_request_bytes or len(batch) == 1
@@ -68,12 +69,14 @@ def test_any_plan_ranks_as_one_big_sort(seed: int) -> None:
 def test_batches_by_count_are_even(count: int, batch_size: int, sizes: list[int]) -> None:
     """As few requests as batch_size allows, and none more than one document larger than another."""
     plan = Plan("q", [str(index) for index in range(count)], Options(batch_size=batch_size), PromptFormat())
+    plan.cut({})
     assert [len(batch) for batch in plan.batches] == sizes
 
 
 def test_batches_by_bytes_are_even_too() -> None:
     """Where bytes decide, equal documents are spread evenly over the same number of requests."""
     plan = Plan("q", [f"{index:0100}" for index in range(10)], Options(max_request_bytes=500), PromptFormat())
+    plan.cut({})
     assert [len(batch) for batch in plan.batches] == [4, 3, 3]
 
 
@@ -90,6 +93,7 @@ def test_batches_by_bytes_are_even_too() -> None:
 def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> None:
     """An untrustworthy reply is refused whole, and a good one to the same batch still counts."""
     plan = Plan("q", ["a", "b"], Options(), PromptFormat())
+    plan.cut({})
     (batch,) = plan.batches
     with pytest.raises(APIResponseError, match=message) as caught:
         plan.learn(batch, Reply.model_validate(reply), "call-1", 1)
@@ -113,6 +117,7 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
 def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | None], *, fits: bool) -> None:
     """Echoed texts may be cut, tagged or in another case; only where none of them was sent is the reply foreign."""
     plan = Plan("q", ["Alpha <|x|> one", "beta two"], Options(), PromptFormat(document="Tag: {document}"))
+    plan.cut({})
     ranked = [
         {"index": index, "relevance_score": 0.5, "document": None if echo is None else {"text": echo}}
         for index, echo in enumerate(echoes)
