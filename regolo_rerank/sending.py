@@ -94,7 +94,6 @@ def ended(
                 else:
                     if isinstance(call, Call):
                         _start(crew.add(call), crew, lines, woken)
-                    del call
             if not pending:
                 break
             _wait_for(pending[0], woken)
@@ -129,7 +128,6 @@ class AsyncEnded(Generic[T]):
                 self._pending.append(call)
                 if isinstance(call, Call):
                     self._tasks.start(self._crew.add(call))
-                del call
                 self._tasks.woken.set()
                 await self._room.acquire()
 

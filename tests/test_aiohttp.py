@@ -138,11 +138,12 @@ def test_no_error_quotes_a_reply_that_is_no_http() -> None:
         client = RegoloClient(KEY, base_url=server.url, async_transport="aiohttp", max_retries=0)
         with pytest.raises(APIConnectionError, match="its reply is not HTTP") as caught:
             asyncio.run(ranked(client))
-    link: BaseException | None = caught.value
-    while link is not None:
-        assert type(link).__module__.partition(".")[0] in {"regolo_rerank", "httpx"}
-        assert KEY not in f"{link!r} {vars(link)}"
-        link = link.__context__
+    links: list[BaseException | None] = [caught.value]
+    for link in links:
+        if link is not None:
+            assert type(link).__module__.partition(".")[0] in {"regolo_rerank", "httpx"}
+            assert KEY not in f"{link!r} {vars(link)}"
+            links += [link.__cause__, link.__context__]
 
 
 @pytest.mark.parametrize("kind", ["http", "https"])

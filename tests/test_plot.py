@@ -15,6 +15,7 @@ from matplotlib import font_manager, rc_context, style
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from regolo_rerank import (
     InvalidInputError,
@@ -250,6 +251,15 @@ def test_wrong_labels_are_refused(names: Any, message: str) -> None:
     """A label too few, a single string and labels that are no strings are errors that name the argument."""
     with pytest.raises(InvalidInputError, match=message):
         picture_of(["one", "two"], 1, labels=names)
+
+
+def test_the_image_is_small_and_its_background_is_the_styles() -> None:
+    """A notebook stores few bytes a picture, and what is white stays white."""
+    figure = picture_of([f"candidate {index}" for index in range(30)], *range(29, -1, -1))
+    image, _ = figure._repr_png_()
+    figure.savefig(full := io.BytesIO(), format="png", dpi=2 * figure.dpi)
+    assert len(image) < len(full.getvalue()) / 2
+    assert Image.open(io.BytesIO(image)).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 LETTER = "\N{ARMENIAN CAPITAL LETTER AYB}"

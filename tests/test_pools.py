@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 
-from regolo_rerank import APITimeoutError, RegoloClient, pools
+from regolo_rerank import APIResponseError, APITimeoutError, RegoloClient, pools
+from regolo_rerank import calls as calls_module
 from regolo_rerank.aiohttp_transport import AiohttpTransport
 from tests.conftest import KEY, Rank
+from tests.entries import Entry, aranked
+from tests.faults import FaultServer, endless
 from tests.stub import Reply, Stub, pairs, scored
 
 EXPECTED = [(1, 0.9), (0, 0.1)]
@@ -248,6 +251,69 @@ def test_a_notebooks_nested_loop(stub: Stub) -> None:
         timeout=50,
     )
     assert (done.stdout, done.stderr) == ("[1, 1, 1] [1, 1, 1]\n", "")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
+def test_no_cookie_is_kept(stub: Stub, kind: str) -> None:
+    """What a gateway sets is not sent back: requests share nothing but the connection."""
+    stub.reply = lambda request: Reply(scored(request).body, headers={"set-cookie": "who=me; Path=/"})
+    entry = Entry(RegoloClient, kind, stub.url.replace("127.0.0.1", "localhost"))  # some jars leave addresses out
+
+    async def twice(client: Any) -> None:
+        for _ in range(2):
+            await aranked(client, DOCUMENTS)
+
+    with entry.opened() as client:
+        if kind == "sync":
+            entry.rank(client, DOCUMENTS)
+            entry.rank(client, DOCUMENTS)
+        else:
+            asyncio.run(twice(client))
+    assert stub.connections == 1
+    assert [request.headers.get("cookie") for request in stub.received] == [None, None]
+
+
+@pytest.mark.parametrize(("calls", "lines"), [(1, 1), (8, 1), (9, 2), (20, 3), (150, 16)])
+def test_a_pool_has_as_many_lines_as_its_calls_need(stub: Stub, calls: int, lines: int) -> None:
+    """Eight requests share a line, and there are sixteen at most; what comes later uses the first again."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+
+    async def together(client: RegoloClient) -> list[int]:
+        await asyncio.gather(*(ranked(client) for _ in range(calls)))
+        (pools,) = client._pools._loops.values()
+        (pool,) = pools.pools.values()
+        opened = len(pool.lines)
+        await ranked(client)
+        return [opened, len(pool.lines), sum(line.users for line in pool.lines)]
+
+    with RegoloClient(KEY, base_url=stub.url) as client:
+        assert asyncio.run(together(client)) == [lines, lines, 0]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
+def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where a reply is refused half-way, its connection is closed at once, and not with the client."""
+    monkeypatch.setattr(calls_module, "MAX_REPLY_BYTES", 1_000)
+
+    async def refused(client: Any) -> int:
+        with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
+            await aranked(client, DOCUMENTS)
+        await asyncio.sleep(0.05)  # for the server to see it
+        return sockets()
+
+    with FaultServer(usual=endless) as server:
+        entry = Entry(RegoloClient, kind, server.url)
+        with entry.opened(max_retries=0) as client:
+            before = sockets()
+            if kind == "sync":
+                with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
+                    entry.rank(client, DOCUMENTS)
+                time.sleep(0.05)
+                assert sockets() <= before
+            else:
+                assert asyncio.run(refused(client)) <= before + 2  # the loop's own pair
 
 
 @pytest.mark.parametrize("transport", ["sync", "httpx", "aiohttp"])
