@@ -24,7 +24,7 @@ from tenacity import (
 )
 
 from regolo_rerank.errors import RateLimitError
-from regolo_rerank.retry import Patience, is_crowded, is_passing, pause
+from regolo_rerank.retry import SLOT_LAG, Patience, is_crowded, is_passing, pause
 
 __all__ = ["again", "async_again"]
 
@@ -36,8 +36,6 @@ _WINDOW_BACKOFF: Final = wait_exponential(exp_base=5) + wait_random_exponential(
 """Seconds after a 429 that names no time, at random 1 to 2, 5 to 10, 25 to 50: the gateway's window is a minute."""
 _SPREAD: Final = 0.1
 """Seconds at random on top of a wait that the server named."""
-_SLOT_LAG: Final = 0.05
-"""Seconds after a reply in which LiteLLM may still count its request as one in flight (5 ms were seen)."""
 
 
 def again(patience: Patience, over: threading.Event) -> Retrying:
@@ -69,7 +67,7 @@ def _wait(patience: Patience, state: RetryCallState) -> float:
     if wait is not None:
         wait += random.uniform(0, _SPREAD)  # noqa: S311 - spreads load, guards nothing
     elif is_crowded(error) and patience.lags:
-        wait = _SLOT_LAG
+        wait = SLOT_LAG
     elif is_crowded(error):
         wait = patience.gate.seconds_a_request * 2 ** (state.attempt_number - 1) + _BACKOFF(state)
     elif isinstance(error, RateLimitError):

@@ -5,6 +5,7 @@ The batches of all calls that are under way together are shared by a crew of wor
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -31,7 +32,7 @@ from regolo_rerank.lines import is_proxied
 from regolo_rerank.local import SCORER_EXTENSION
 from regolo_rerank.options import Options
 from regolo_rerank.ranking import Plan, RerankResponse, checked_documents, checked_query
-from regolo_rerank.retry import Gate, Patience, is_crowded
+from regolo_rerank.retry import SLOT_LAG, Gate, Patience, is_crowded
 from regolo_rerank.wire import read_error, read_reply, request_id_of
 
 __all__ = ["MAX_REPLY_BYTES", "Call", "Crew", "EndedError", "Event", "LeftError", "Terms"]
@@ -41,8 +42,8 @@ Event = TypeVar("Event", threading.Event, asyncio.Event)
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a reply, decompressed, after which it is refused."""
 
-_REGROWS_AFTER: Final = 60.0
-"""Seconds after a refusal for too many in flight until one more is tried: LiteLLM's window is a minute."""
+_FORGETS_AFTER: Final = 60.0
+"""Seconds after a refusal for too many in flight until the crew tries again: LiteLLM's window is a minute."""
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -224,7 +225,8 @@ class Call(Generic[Event]):
     def patience(self, batch: range, *, follows_success: bool) -> Patience:
         """Return the patience of a batch's request, the same one whoever sends it."""
         patience = self._patience.setdefault(batch, Patience(self.terms.options, self.terms.gate))
-        patience.follows_success = follows_success
+        patience.rest = self.crew.rest() if self.crew else 0.0
+        patience.hurries = follows_success and not patience.rest
         return patience
 
     def learn(
@@ -247,8 +249,12 @@ class Call(Generic[Event]):
             self.terms.gate.took(time.monotonic() - started)
             return
         error = read_error(response.status_code, body, response.headers, key)
-        if is_crowded(error) and patience.too_many() and self.crew and self.crew.hand_back(self, batch):
-            raise LeftError
+        if is_crowded(error) and self.crew:
+            if not patience.too_many():
+                self.crew.lags()
+            elif self.crew.hand_back(self, batch):
+                patience.max_retries += 1
+                raise LeftError
         if isinstance(error, NotFoundError):
             error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
         if isinstance(error, BadRequestError) and "context length" in str(error):
@@ -337,7 +343,8 @@ class Crew(Generic[Event]):
     """The batches of the calls under way, and the workers that share them; a worker that finds no batch leaves.
 
     Where the account may have fewer requests in flight than there are workers, a worker that is refused hands its
-    batch back and leaves; the last one stays and waits. A minute later one more may start.
+    batch back and leaves; the last one stays and waits. Where the service counts a request for a moment after its
+    reply, workers rest that moment. A minute later one more may start, and nobody rests.
 
     Attributes:
         most: Workers at most.
@@ -349,6 +356,7 @@ class Crew(Generic[Event]):
         self.window = window
         self._workers = 0
         self._refused_at = 0.0
+        self._lagged_at = -math.inf
         self._todo: deque[tuple[Call[Event], range]] = deque()
         self._lock = threading.Lock()
 
@@ -357,7 +365,7 @@ class Crew(Generic[Event]):
         call.crew = self
         with self._lock:
             self._todo.extend((call, batch) for batch in call.plan.batches)
-            if self._limit < self.most and time.monotonic() - self._refused_at > _REGROWS_AFTER:
+            if self._limit < self.most and time.monotonic() - self._refused_at > _FORGETS_AFTER:
                 self._limit += 1
                 self._refused_at = time.monotonic()
             starting = max(0, min(self._limit - self._workers, len(self._todo)))
@@ -373,6 +381,14 @@ class Crew(Generic[Event]):
                     return call, batch
             self._workers -= 1
             return None
+
+    def lags(self) -> None:
+        """Learn that the service has not noticed at once that a request was answered."""
+        self._lagged_at = time.monotonic()
+
+    def rest(self) -> float:
+        """Return the seconds that a worker waits before it sends."""
+        return SLOT_LAG if time.monotonic() - self._lagged_at < _FORGETS_AFTER else 0.0
 
     def hand_back(self, call: Call[Event], batch: range) -> bool:
         """Give a batch to the other workers and leave, or return False to the last one."""

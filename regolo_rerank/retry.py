@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from copy import copy
+from typing import Final
 
 import httpx
 
@@ -23,7 +24,10 @@ from regolo_rerank.errors import (
 )
 from regolo_rerank.options import Options
 
-__all__ = ["Gate", "Patience", "is_crowded", "is_passing", "pause"]
+__all__ = ["SLOT_LAG", "Gate", "Patience", "is_crowded", "is_passing", "pause"]
+
+SLOT_LAG: Final = 0.05
+"""Seconds after a reply in which LiteLLM may still count its request as one in flight (5 ms were seen)."""
 
 
 def is_passing(error: BaseException) -> bool:
@@ -88,15 +92,16 @@ class Patience:
     """How one request waits and tries again; its clock starts when it is first sent.
 
     Attributes:
-        max_retries: Further attempts after the first.
+        max_retries: Further attempts after the first; one more for each refusal that was the pace's fault.
         max_retry_seconds: Seconds after the first sending in which they start.
         gate: The wait after a 429.
         first_sent: When it was first sent, by the monotonic clock.
         sent: How often it was sent.
         held: Whether the last attempt was held back at the gate, and nothing was sent.
-        lags: Whether the last refusal means that the service has not yet noticed the end of another request.
-        follows_success: Whether its sender's last request was good: then the request is not one too many, and a
-            refusal for too many in flight means that the service has not yet noticed the end of the last one.
+        rest: Seconds in which the service may still count a request that was answered.
+        hurries: Whether it is sent at once after its worker's last one was answered: then it is not one too many, and
+            a refusal for too many in flight means that the service has not yet noticed the end of the last one.
+        lags: Whether the last refusal means that.
     """
 
     def __init__(self, options: Options, gate: Gate) -> None:
@@ -108,7 +113,8 @@ class Patience:
         self.held = False
         self._failure: RegoloError | None = None
         self.sent = 0
-        self.follows_success = False
+        self.rest = 0.0
+        self.hurries = False
         self.lags = False
 
     def has_failed(self, error: RegoloError) -> None:
@@ -129,7 +135,8 @@ class Patience:
 
     def too_many(self) -> bool:
         """Take a refusal for too many in flight; return whether the request is really one too many."""
-        self.lags, self.follows_success = self.follows_success, False
+        self.lags, self.hurries = self.hurries, False
+        self.max_retries += self.lags
         return not self.lags
 
 

@@ -273,8 +273,8 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
                     call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    if held := call.terms.gate.held_for():
-        call.over.wait(held)
+    if patience.rest:
+        call.over.wait(patience.rest)
     try:
         attempt()
     except RegoloError as error:
@@ -304,8 +304,8 @@ async def _asend(
                             call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    if held := call.terms.gate.held_for():
-        await pause(call.over, held)
+    if patience.rest:
+        await pause(call.over, patience.rest)
     try:
         await attempt()
     except RegoloError as error:

@@ -357,7 +357,7 @@ def test_a_limit_on_parallel_requests_is_kept_to(many: Many, stub: Stub) -> None
 
 def test_a_limit_that_is_lifted_is_found_out(many: Many, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some time after a refusal one more request is tried at once, and then another, up to `max_concurrency`."""
-    monkeypatch.setattr(calls, "_REGROWS_AFTER", 0.05)
+    monkeypatch.setattr(calls, "_FORGETS_AFTER", 0.05)
     limit = 1
     refused: list[int] = []
     busy: list[int] = []
