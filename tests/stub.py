@@ -62,6 +62,17 @@ def scored(request: Received) -> Reply:
     return Reply(body, status)
 
 
+def together(count: int) -> Callable[[Received], Reply]:
+    """Return what answers that many requests once all of them are in flight, and none before."""
+    arrived = threading.Barrier(count, timeout=20)
+
+    def reply(request: Received) -> Reply:
+        arrived.wait()
+        return scored(request)
+
+    return reply
+
+
 def results(*pairs: tuple[Any, Any], **fields: Any) -> dict[str, Any]:
     """Return the JSON of a reply with these (index, score) pairs."""
     ranked = [{"index": index, "relevance_score": value, "document": {"text": "…"}} for index, value in pairs]

@@ -38,7 +38,7 @@ from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
 from tests.entries import KINDS, Entry, Pairs, Reranker, aranked, documents_of, nodes_of, pairs_of_documents, ranked
-from tests.stub import Received, Reply, Stub, error, results, score, scored
+from tests.stub import Received, Reply, Stub, error, results, score, scored, together
 
 TEXTS = ["a score=0.2", "b score=0.9", "c score=0.5"]
 RANKED = [(1, 0.9), (2, 0.5), (0, 0.2)]
@@ -57,14 +57,14 @@ def entry(kind: type[Reranker], mode: str, stub: Stub) -> Entry:
     return Entry(kind, mode, stub.url)
 
 
-def test_64_async_calls_take_the_time_of_one_and_start_no_thread(kind: type[Reranker], stub: Stub) -> None:
+def test_64_async_calls_wait_together_and_start_no_thread(kind: type[Reranker], stub: Stub) -> None:
     """Async calls wait together in the event loop, not in turns in a pool of threads."""
-    delay = 0.5
     threads: set[threading.Thread] = set()
+    answer = together(64)
 
     def reply(request: Received) -> Reply:
         threads.update(threading.enumerate())
-        return replace(scored(request), delay=delay)
+        return answer(request)
 
     async def calls() -> list[Pairs]:
         return await asyncio.gather(*(aranked(reranker, TEXTS) for _ in range(64)))
@@ -72,9 +72,7 @@ def test_64_async_calls_take_the_time_of_one_and_start_no_thread(kind: type[Rera
     stub.reply = reply
     reranker = kind(KEY, base_url=stub.url)
     before = set(threading.enumerate())
-    start = time.monotonic()
     assert asyncio.run(calls()) == [RANKED] * 64
-    assert time.monotonic() - start < 3 * delay
     assert [thread.name for thread in threads - before if "process_request_thread" not in thread.name] == []
 
 
@@ -200,8 +198,8 @@ def test_a_persistent_failure_ends_within_max_retry_seconds(entry: Entry, stub: 
     stub.always(error("no backend", 500, retry_after_ms=None))
     start = time.monotonic()
     with pytest.raises(ServerError):
-        entry(TEXTS, max_retries=10, max_retry_seconds=0.5)
-    assert time.monotonic() - start < 2.0, "10 waits take 2.5 s at least"
+        entry(TEXTS, max_retries=20, max_retry_seconds=0.5)
+    assert time.monotonic() - start < 4, "20 waits take 5 s at least"
 
 
 @pytest.mark.parametrize("trouble", ["429", "hang-up"])
