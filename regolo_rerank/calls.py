@@ -222,11 +222,10 @@ class Call(Generic[Event]):
         """Return the arguments of a batch's request, for the `stream` of a line or of an httpx client."""
         return {**self.terms.arguments, "content": self.plan.request(batch)}
 
-    def patience(self, batch: range, *, follows_success: bool) -> Patience:
+    def patience(self, batch: range, *, hurries: bool) -> Patience:
         """Return the patience of a batch's request, the same one whoever sends it."""
         patience = self._patience.setdefault(batch, Patience(self.terms.options, self.terms.gate))
-        patience.rest = self.crew.rest() if self.crew else 0.0
-        patience.hurries = follows_success and not patience.rest
+        patience.hurries = hurries
         return patience
 
     def learn(

@@ -20,7 +20,7 @@ except ImportError as error:
 
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.ranking import RerankResponse, RerankResult, checked_documents
-from regolo_rerank.tables import clipped, harmless, shown_score
+from regolo_rerank.tables import aligned, clipped, harmless, shown_score
 
 __all__ = ["Picture", "rank_changes"]
 
@@ -213,7 +213,7 @@ def _before(names: list[str]) -> list[str]:
 
 
 def _after(names: list[str], kept: list[_Kept]) -> list[str]:
-    scores = _aligned([shown_score(float(score)) if isinstance(score, Real) else "" for _, score in kept])
+    scores = aligned([shown_score(float(score)) if isinstance(score, Real) else "" for _, score in kept], _FIGURE_SPACE)
     return [
         "  ".join(filter(None, (rank, score, names[place])))
         for rank, score, (place, _) in zip(_ranks(len(kept)), scores, kept, strict=True)
@@ -233,12 +233,7 @@ def _draw(axes: Axes, before: int, after: int | None) -> str:
 
 
 def _ranks(count: int) -> list[str]:
-    return _aligned([str(rank) for rank in range(1, count + 1)])
-
-
-def _aligned(numbers: list[str]) -> list[str]:
-    width = max(map(len, numbers), default=0)
-    return [number.rjust(width, _FIGURE_SPACE) for number in numbers]
+    return aligned([str(rank) for rank in range(1, count + 1)], _FIGURE_SPACE)
 
 
 def _label(axes: Any, labels: list[str], size: float) -> None:

@@ -274,7 +274,9 @@ class _LoopPools:
         await self._close_if_idle()
 
     def pool(self, route: Route, transport: Transport) -> _LoopPool:
-        return self.pools.setdefault((route, transport), _LoopPool(route, transport))
+        if (pool := self.pools.get((route, transport))) is None:
+            pool = self.pools[route, transport] = _LoopPool(route, transport)
+        return pool
 
     async def close(self) -> None:
         self._closing = True

@@ -98,7 +98,6 @@ class Patience:
         first_sent: When it was first sent, by the monotonic clock.
         sent: How often it was sent.
         held: Whether the last attempt was held back at the gate, and nothing was sent.
-        rest: Seconds in which the service may still count a request that was answered.
         hurries: Whether it is sent at once after its worker's last one was answered: then it is not one too many, and
             a refusal for too many in flight means that the service has not yet noticed the end of the last one.
         lags: Whether the last refusal means that.
@@ -113,7 +112,6 @@ class Patience:
         self.held = False
         self._failure: RegoloError | None = None
         self.sent = 0
-        self.rest = 0.0
         self.hurries = False
         self.lags = False
 

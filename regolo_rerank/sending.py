@@ -19,7 +19,7 @@ import httpx
 from regolo_rerank.calls import Call, Crew, EndedError, Event, LeftError
 from regolo_rerank.errors import APIConnectionError, RegoloError
 from regolo_rerank.lines import AsyncLine, Line
-from regolo_rerank.retry import pause
+from regolo_rerank.retry import Patience, pause
 
 __all__ = ["AsyncEnded", "AsyncLines", "Lines", "afinish", "aprepare", "ended", "finish", "prepare"]
 
@@ -188,12 +188,14 @@ class _Tasks:
 
 
 async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Event) -> None:
-    follows_success = False
+    answered = False
     while (todo := crew.take()) is not None:
         call, batch = todo
+        if rest := crew.rest():
+            await pause(call.over, rest)
         try:
             with lines() as line:
-                await _asend(call, batch, line, follows_success=follows_success)
+                await _asend(call, batch, line, call.patience(batch, hurries=answered and not rest))
         except LeftError:
             return
         except EndedError:
@@ -201,7 +203,7 @@ async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Ev
         except Exception as error:  # noqa: BLE001 - raised in the caller's task
             call.fail(error)
         else:
-            follows_success = True
+            answered = True
             call.ranked_one()
         woken.set()
 
@@ -220,12 +222,14 @@ def _start(workers: int, crew: Crew[threading.Event], lines: Lines, woken: threa
 
 
 def _work(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
-    follows_success = False
+    answered = False
     while (todo := crew.take()) is not None:
         call, batch = todo
+        if rest := crew.rest():
+            call.over.wait(rest)
         try:
             with lines() as line:
-                _send(call, batch, line, follows_success=follows_success)
+                _send(call, batch, line, call.patience(batch, hurries=answered and not rest))
         except LeftError:
             return
         except EndedError:
@@ -233,7 +237,7 @@ def _work(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> 
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             call.fail(error)
         else:
-            follows_success = True
+            answered = True
             call.ranked_one()
         woken.set()
 
@@ -259,9 +263,8 @@ def _close(pending: deque[Call[Event] | T]) -> None:
             call.close()
 
 
-def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, *, follows_success: bool) -> None:
+def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, patience: Patience) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch, follows_success=follows_success)
 
     def attempt() -> None:
         with call.unless_over():
@@ -273,8 +276,6 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
                     call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    if patience.rest:
-        call.over.wait(patience.rest)
     try:
         attempt()
     except RegoloError as error:
@@ -287,10 +288,9 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
 
 
 async def _asend(
-    call: Call[asyncio.Event], batch: range, line: AsyncLine | httpx.AsyncClient, *, follows_success: bool
+    call: Call[asyncio.Event], batch: range, line: AsyncLine | httpx.AsyncClient, patience: Patience
 ) -> None:
     """Send one batch until its reply is good, or its patience ends."""
-    patience = call.patience(batch, follows_success=follows_success)
 
     async def attempt() -> None:
         with call.unless_over():
@@ -304,8 +304,6 @@ async def _asend(
                             call.check(body, started)
             call.learn(batch, response, body, patience, started)
 
-    if patience.rest:
-        await pause(call.over, patience.rest)
     try:
         await attempt()
     except RegoloError as error:

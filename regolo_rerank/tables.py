@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from regolo_rerank.ranking import RerankResult
 
-__all__ = ["ELLIPSIS", "clipped", "encodable", "harmless", "html", "lines", "shown_score", "text"]
+__all__ = ["ELLIPSIS", "aligned", "clipped", "encodable", "harmless", "html", "lines", "shown_score", "text"]
 
 ELLIPSIS: Final = "…"
 
@@ -100,11 +100,11 @@ def lines(
     """
     unicode = encodable(_BLOCKS + ELLIPSIS, encoding) == _BLOCKS + ELLIPSIS
     blocks, ellipsis = (_BLOCKS, ELLIPSIS) if unicode else (" #", "...")
-    columns = [_aligned([shown_score(result.relevance_score) for result in results])]
+    columns = [aligned([shown_score(result.relevance_score) for result in results])]
     if indexed:
-        columns.insert(0, _aligned([f"[{result.index}]" for result in results]))
+        columns.insert(0, aligned([f"[{result.index}]" for result in results]))
     if ranked:
-        columns.insert(0, _aligned([str(rank) for rank, _ in enumerate(results, 1)]))
+        columns.insert(0, aligned([str(rank) for rank, _ in enumerate(results, 1)]))
     for *cells, share, result in zip(*columns, _shares(results), results, strict=True):
         bar = _bar(share, min(20, width // 8), blocks)
         yield clipped("  ".join([*cells, bar, harmless(result.document, encoding)]), width, ellipsis)
@@ -134,6 +134,12 @@ def clipped(line: str, width: int, ellipsis: str = ELLIPSIS) -> str:
     return line[: bisect_right(ends, width - len(ellipsis)) - 1] + ellipsis
 
 
+def aligned(cells: list[str], fill: str = " ") -> list[str]:
+    """Fill short cells of a column from the left."""
+    width = max(map(len, cells), default=0)
+    return [cell.rjust(width, fill) for cell in cells]
+
+
 def _columns(character: str) -> int:
     if unicodedata.category(character) in {"Mn", "Me"}:
         return 0
@@ -150,11 +156,6 @@ def _shown_character(character: str) -> str:
 def _more(results: "Sequence[RerankResult]") -> list[str]:
     hidden = len(results) - _SHOWN_RESULTS
     return [f"and {hidden:,} more"] if hidden > 0 else []
-
-
-def _aligned(cells: list[str]) -> list[str]:
-    width = max(map(len, cells), default=0)
-    return [cell.rjust(width) for cell in cells]
 
 
 def _shares(results: "Sequence[RerankResult]") -> list[float]:

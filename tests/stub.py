@@ -62,6 +62,11 @@ def scored(request: Received) -> Reply:
     return Reply(body, status)
 
 
+def crowded(limit: int) -> Reply:
+    """Return the gateway's refusal of a request that is one too many in flight."""
+    return error(f"Limit type: max_parallel_requests. Current limit: {limit}", 429, retry_after_ms=None)
+
+
 def together(count: int) -> Callable[[Received], Reply]:
     """Return what answers that many requests once all of them are in flight, and none before."""
     arrived = threading.Barrier(count, timeout=20)
@@ -115,6 +120,12 @@ class Stub:
     def always(self, reply: Reply) -> None:
         """Give this reply to every request."""
         self.reply = lambda _: reply
+
+    def allow(self, limit: int, delay: float) -> None:
+        """Refuse requests of which too many are in flight, and answer the others after some seconds."""
+        self.reply = lambda request: (
+            crowded(limit) if self.at_once > limit else Reply(scored(request).body, delay=delay)
+        )
 
     @property
     def documents(self) -> list[list[str]]:

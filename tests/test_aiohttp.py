@@ -3,7 +3,6 @@ import gc
 import socket
 import ssl
 import sys
-import time
 import warnings
 
 import httpx
@@ -14,8 +13,8 @@ from regolo_rerank.aiohttp_transport import AiohttpTransport
 from regolo_rerank.lines import is_proxied
 from tests.conftest import KEY
 from tests.faults import FaultServer, http, sends
+from tests.observed import sockets, soon
 from tests.stub import Reply, Stub, pairs, scored
-from tests.test_pools import sockets
 
 DOCUMENTS = ["a score=0.1", "b score=0.9"]
 EXPECTED = [(1, 0.9), (0, 0.1)]
@@ -52,10 +51,7 @@ def test_each_event_loop_has_its_own_connections(client: RegoloClient, stub: Stu
     for _ in range(3):
         asyncio.run(twice())
     assert not client._pools._loops
-    deadline = time.monotonic() + 2
-    while sockets() > before and time.monotonic() < deadline:
-        time.sleep(0.01)  # the stub closes its side a moment later
-    assert sockets() <= before
+    assert soon(lambda: sockets() <= before)  # the stub closes its side a moment later
     assert stub.connections == 3
 
 

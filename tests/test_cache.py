@@ -46,6 +46,7 @@ from regolo_rerank import (
 from regolo_rerank.local import EmbeddedTransport
 from tests.conftest import KEY, Rank
 from tests.entries import KINDS, Entry
+from tests.observed import soon
 from tests.stub import Received, Reply, Stub, error, pairs, score, scored
 
 Mapping = MutableMapping[str, float]
@@ -75,15 +76,6 @@ def sent(stub: Stub) -> Counter[str]:
 def expected(texts: list[str]) -> list[tuple[int, float]]:
     """Return the ranking of distinct texts."""
     return sorted(((index, score(text)) for index, text in enumerate(texts)), key=lambda pair: -pair[1])
-
-
-def soon(condition: Callable[[], object]) -> bool:
-    """Return whether something becomes true within some seconds."""
-    for _ in range(2_500):
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
 
 
 class Door:

@@ -33,7 +33,7 @@ from regolo_rerank import (
 )
 from regolo_rerank.options import Options
 from tests.conftest import KEY, Rank
-from tests.stub import Received, Reply, Stub, error, pairs, results, score, scored
+from tests.stub import Received, Reply, Stub, crowded, error, pairs, results, score, scored
 
 
 def texts(count: int) -> list[str]:
@@ -493,13 +493,7 @@ def test_one_refusal_holds_the_other_requests_back(rank: Rank, stub: Stub) -> No
 
 def test_a_call_takes_fewer_requests_at_once_where_the_account_may_have_no_more(rank: Rank, stub: Stub) -> None:
     """Refused for too many parallel requests, a call goes on with fewer, and loses nothing."""
-
-    def two_at_once(request: Received) -> Reply:
-        if stub.at_once > 2:
-            return error("Limit type: max_parallel_requests. Current limit: 2", 429, retry_after_ms=None)
-        return Reply(scored(request).body, delay=0.05)
-
-    stub.reply = two_at_once
+    stub.allow(2, delay=0.05)
     client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=6)
     response = rank(client, "q", texts(20))
     assert [result.index for result in response.results] == list(range(19, -1, -1))
@@ -528,7 +522,7 @@ class Lagging:
             self._busy = [end for end in self._busy if end > now]
             if len(self._busy) >= self.limit:
                 self.refused += 1
-                return error(f"Limit type: max_parallel_requests. Current limit: {self.limit}", 429, None)
+                return crowded(self.limit)
             self._busy.append(now + delay + lag)
             self._accepted += 1
             last = self._accepted > self.until - self.limit
@@ -581,7 +575,7 @@ def test_a_batch_that_is_handed_on_keeps_its_retries(rank: Rank, stub: Stub) -> 
     def reply(request: Received) -> Reply:
         if "document 0 " in request.documents[0] and len(refused) < 3:
             refused.append(request)
-            return error("Limit type: max_parallel_requests. Current limit: 9", 429, retry_after_ms=None)
+            return crowded(9)
         return Reply(scored(request).body, delay=0.02)
 
     refused: list[Received] = []
@@ -594,10 +588,9 @@ def test_a_batch_that_is_handed_on_keeps_its_retries(rank: Rank, stub: Stub) -> 
 
 def test_the_last_request_waits_where_no_other_can_take_over(rank: Rank, client: RegoloClient, stub: Stub) -> None:
     """A single request that is one too many is tried again, and fails as what it is."""
-    refusal = error("Limit type: max_parallel_requests. Current limit: 0", 429, retry_after_ms=None)
-    stub.script(refusal, refusal)
+    stub.script(crowded(0), crowded(0))
     assert rank(client, "q", ["a"]).usage.requests == 3
-    stub.always(refusal)
+    stub.always(crowded(0))
     with pytest.raises(RateLimitError, match="max_parallel_requests"):
         rank(RegoloClient(KEY, base_url=stub.url, batch_size=1), "q", texts(8))
     assert len(stub.received) <= 3 + 4 + 3

@@ -15,6 +15,7 @@ from regolo_rerank import APITimeoutError, AuthenticationError, RateLimitError, 
 from tests.conftest import KEY, Rank
 from tests.entries import KINDS, Entry
 from tests.faults import FaultServer, good, http, sends, stalls, trickles
+from tests.observed import soon
 from tests.stub import Received, Reply, Stub, error, scored, together
 
 
@@ -163,10 +164,7 @@ def test_a_cancelled_call_hangs_up(mode: str) -> None:
         threads = {thread for thread in threading.enumerate() if thread.name == "regolo_rerank"}
         assert asyncio.run(cancelled(client)) < 3
         assert {thread for thread in threading.enumerate() if thread.name == "regolo_rerank"} == threads
-        deadline = time.monotonic() + 1
-        while server.connections and time.monotonic() < deadline:
-            time.sleep(0.01)  # the server's threads see it a moment later
-        assert server.connections == 0
+        assert soon(lambda: not server.connections)  # the server's threads see it a moment later
         assert len(server.received) == 4
 
 
@@ -218,9 +216,7 @@ def test_ctrl_c_ends_the_process_at_once(waits: str, batch_size: int) -> None:
             cwd=Path(__file__).parents[1],
             env={name: value for name, value in os.environ.items() if not name.startswith("COV")},
         )
-        deadline = time.monotonic() + 20
-        while not server.received and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert soon(lambda: server.received)
         time.sleep(0.1)  # let it come to the wait
         process.send_signal(signal.SIGINT)
         started = time.monotonic()

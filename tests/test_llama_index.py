@@ -1,6 +1,6 @@
 import asyncio
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -9,19 +9,14 @@ import pytest
 from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.chat_engine.types import ChatMode
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events import BaseEvent
-from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
-from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
-from llama_index_instrumentation import get_dispatcher
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from regolo_rerank import AuthenticationError, InvalidInputError, RerankFallbackWarning
-from regolo_rerank.llama_index import RegoloRerank, RegoloReRankEndEvent
+from regolo_rerank import AuthenticationError, InvalidInputError
+from regolo_rerank.llama_index import RegoloRerank
 from tests.conftest import KEY
 from tests.stub import Stub, error
 
@@ -30,16 +25,6 @@ class Rerank(Protocol):
     """Calls a reranker's `postprocess_nodes` or `apostprocess_nodes`."""
 
     def __call__(self, reranker: RegoloRerank, nodes: Any, query: str | None = "q") -> list[NodeWithScore]: ...
-
-
-class Events(BaseEventHandler):
-    """Keeps the events of reranking."""
-
-    seen: list[BaseEvent] = Field(default_factory=list)
-
-    def handle(self, event: BaseEvent, **_: Any) -> None:
-        if isinstance(event, ReRankStartEvent | ReRankEndEvent):
-            self.seen.append(event)
 
 
 @pytest.fixture
@@ -58,24 +43,6 @@ def rerank(mode: str) -> Rerank:
         return asyncio.run(reranker.apostprocess_nodes(nodes, query_str=query))
 
     return call
-
-
-@pytest.fixture
-def events() -> Iterator[list[BaseEvent]]:
-    """What LlamaIndex's root dispatcher is told of reranking."""
-    handler, root = Events(), get_dispatcher()
-    root.event_handlers.append(handler)
-    yield handler.seen
-    root.event_handlers.remove(handler)
-
-
-@pytest.fixture
-def spans() -> Iterator[SimpleSpanHandler]:
-    """The spans of LlamaIndex's root dispatcher."""
-    handler, root = SimpleSpanHandler(), get_dispatcher()
-    root.span_handlers.append(handler)
-    yield handler
-    root.span_handlers.remove(handler)
 
 
 def candidates() -> list[NodeWithScore]:
@@ -378,83 +345,6 @@ def test_a_mistyped_option_is_refused_by_name(
     """A key that is no option, or a value that an option cannot have, is an error that names it."""
     with pytest.raises(ValidationError, match=rf"(?m)^{name}$"):
         make({"class_name": "RegoloRerank", name: value})
-
-
-def test_events_tell_what_was_asked_and_kept(rerank: Rerank, reranker: RegoloRerank, events: list[BaseEvent]) -> None:
-    """The start has query, nodes, top_n and model; the end has the nodes that were kept."""
-    reranker.top_n = 2
-    kept = rerank(reranker, candidates(), "capital")
-    start, end = events
-    assert isinstance(start, ReRankStartEvent)
-    assert isinstance(end, ReRankEndEvent)
-    assert getattr(start.query, "query_str", None) == "capital"
-    assert pairs(start.nodes) == pairs(candidates())
-    assert (start.top_n, start.model_name) == (2, "Qwen3-Reranker-4B")
-    assert pairs(end.nodes) == pairs(kept) == [("b", 0.9), ("c", 0.5)]
-
-
-def test_events_are_balanced_without_nodes(
-    rerank: Rerank, reranker: RegoloRerank, stub: Stub, events: list[BaseEvent]
-) -> None:
-    """An empty list is a run like any other; it sends nothing and ends with nothing."""
-    reranker.top_n = None
-    assert rerank(reranker, []) == []
-    assert stub.received == []
-    assert [(type(event), getattr(event, "nodes", None)) for event in events] == [
-        (ReRankStartEvent, []),
-        (RegoloReRankEndEvent, []),
-    ]
-
-
-@pytest.mark.parametrize(("query", "problem"), [("q", AuthenticationError), (" ", InvalidInputError)])
-def test_events_are_balanced_when_a_call_fails(
-    rerank: Rerank,
-    reranker: RegoloRerank,
-    stub: Stub,
-    events: list[BaseEvent],
-    query: str,
-    problem: type[Exception],
-) -> None:
-    """Whatever goes wrong, a start has its end, which holds no nodes."""
-    stub.always(error("no such key", 401))
-    with pytest.raises(problem):
-        rerank(reranker, candidates(), query)
-    assert [type(event) for event in events] == [ReRankStartEvent, RegoloReRankEndEvent]
-    assert isinstance(events[1], ReRankEndEvent)
-    assert events[1].nodes == []
-
-
-def test_events_are_balanced_when_a_call_falls_back(
-    rerank: Rerank, reranker: RegoloRerank, stub: Stub, events: list[BaseEvent]
-) -> None:
-    """The end of a fallback holds the nodes that stand in for a ranking."""
-    reranker.on_error = "return_input"
-    stub.always(error("down", 500))
-    with pytest.warns(RerankFallbackWarning):
-        kept = rerank(reranker, candidates())
-    assert [type(event) for event in events] == [ReRankStartEvent, RegoloReRankEndEvent]
-    assert isinstance(events[1], ReRankEndEvent)
-    assert pairs(events[1].nodes) == pairs(kept)
-
-
-def test_a_call_is_one_span(mode: str, rerank: Rerank, reranker: RegoloRerank, spans: SimpleSpanHandler) -> None:
-    """Sync and async calls are each a completed span named after the class and the method."""
-    rerank(reranker, candidates())
-    method = "_postprocess_nodes" if mode == "sync" else "_apostprocess_nodes"
-    assert [span.id_.partition("-")[0] for span in spans.completed_spans] == [f"RegoloRerank.{method}"]
-    assert not spans.open_spans
-
-
-def test_a_failed_call_is_a_dropped_span(
-    rerank: Rerank, reranker: RegoloRerank, stub: Stub, spans: SimpleSpanHandler
-) -> None:
-    """A call that raises leaves no span open, and none that looks completed."""
-    stub.always(error("no such key", 401))
-    with pytest.raises(AuthenticationError):
-        rerank(reranker, candidates())
-    assert [span.id_.partition(".")[0] for span in spans.dropped_spans] == ["RegoloRerank"]
-    assert not spans.open_spans
-    assert not spans.completed_spans
 
 
 def test_callbacks_tell_what_was_asked_and_kept(rerank: Rerank, reranker: RegoloRerank) -> None:

@@ -41,7 +41,8 @@ from regolo_rerank import (
 )
 from regolo_rerank.langchain import RegoloRerank
 from tests.conftest import KEY
-from tests.stub import Received, Reply, Stub, error, scored
+from tests.observed import asoon, sockets, soon
+from tests.stub import Received, Reply, Stub, crowded, error, scored
 
 Pair = tuple[str, list[str]]
 
@@ -114,24 +115,6 @@ async def awaited(items: Iterable[Any]) -> AsyncIterator[Any]:
     for item in items:
         await asyncio.sleep(0)
         yield item
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Return whether something becomes true within some seconds."""
-    for _ in range(2_500):
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
-
-
-async def asoon(condition: Callable[[], bool]) -> bool:
-    """Return the same without blocking the event loop."""
-    for _ in range(2_500):
-        if condition():
-            return True
-        await asyncio.sleep(0.002)
-    return False
 
 
 def workers() -> list[threading.Thread]:
@@ -342,13 +325,7 @@ def test_one_at_a_time_needs_no_thread() -> None:
 
 def test_a_limit_on_parallel_requests_is_kept_to(many: Many, stub: Stub) -> None:
     """Refused for too many requests in flight, it goes on with fewer over all queries, and loses nothing."""
-
-    def two_at_once(request: Received) -> Reply:
-        if stub.at_once > 2:
-            return error("Limit type: max_parallel_requests. Current limit: 2", 429, retry_after_ms=None)
-        return Reply(scored(request).body, delay=0.01)
-
-    stub.reply = two_at_once
+    stub.allow(2, delay=0.01)
     with RegoloClient(KEY, base_url=stub.url, batch_size=2, max_concurrency=6) as client:
         got = many(client, [*smalls(20), large(20, 20), *smalls(20)])
     assert [len(response.results) for response in got] == [2] * 20 + [20] + [2] * 20
@@ -366,7 +343,7 @@ def test_a_limit_that_is_lifted_is_found_out(many: Many, stub: Stub, monkeypatch
         busy.append(stub.at_once)
         if stub.at_once > limit:
             refused.append(len(stub.received))
-            return error("Limit type: max_parallel_requests. Current limit: 1", 429, retry_after_ms=None)
+            return crowded(limit)
         return Reply(scored(request).body, delay=0.02)
 
     got: list[Any] = []
@@ -581,14 +558,6 @@ def test_no_frame_of_an_error_holds_a_reply(many: Many, stub: Stub, *, return_ex
 
 def test_no_socket_is_left(many: Many, stub: Stub) -> None:
     """Left early or not, a call leaves no connection open once its client is closed."""
-
-    def sockets() -> int:
-        links = []
-        for link in Path("/proc/self/fd").iterdir():
-            with suppress(OSError):  # the listing's own
-                links.append(str(link.readlink()))
-        return sum(link.startswith("socket:") for link in links)
-
     before = sockets()
     for stop in (None, 1, 5):
         with RegoloClient(KEY, base_url=stub.url) as client:

@@ -10,9 +10,7 @@ import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,19 +21,11 @@ from regolo_rerank.aiohttp_transport import AiohttpTransport
 from tests.conftest import KEY, Rank
 from tests.entries import Entry, aranked
 from tests.faults import FaultServer, endless
+from tests.observed import sockets, soon
 from tests.stub import Reply, Stub, pairs, scored
 
 EXPECTED = [(1, 0.9), (0, 0.1)]
 DOCUMENTS = ["a score=0.1", "b score=0.9"]
-
-
-def sockets() -> int:
-    """Count this process's open sockets."""
-    count = 0
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # the listing's own
-            count += str(link.readlink()).startswith("socket:")
-    return count
 
 
 async def ranked(client: RegoloClient) -> list[tuple[int, float]]:
@@ -51,10 +41,7 @@ def test_a_client_works_in_one_event_loop_after_another(client: RegoloClient, st
         assert asyncio.run(ranked(client)) == EXPECTED
         assert not client._pools._loops
     gc.collect()
-    deadline = time.monotonic() + 2
-    while sockets() > before and time.monotonic() < deadline:
-        time.sleep(0.01)  # the stub closes its side a moment later
-    assert sockets() <= before
+    assert soon(lambda: sockets() <= before)  # the stub closes its side a moment later
     assert stub.connections == runs
 
 

@@ -37,7 +37,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from pydantic import Field
 
-from regolo_rerank import AuthenticationError, BadRequestError, RegoloError, RerankFallbackWarning, Usage
+from regolo_rerank import (
+    AuthenticationError,
+    BadRequestError,
+    InvalidInputError,
+    RegoloError,
+    RerankFallbackWarning,
+    Usage,
+)
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from regolo_rerank.llama_index import RegoloReRankEndEvent
@@ -117,7 +124,9 @@ class Everything(BaseRetriever):
 class Call(Protocol):
     """Reranks the texts, or other documents or nodes, with an adapter; a handler is for LangChain's."""
 
-    def __call__(self, adapter: Adapter, items: Any = None, handler: Any = None) -> list[Any]: ...
+    def __call__(
+        self, adapter: Adapter, items: Any = None, handler: Any = None, *, query: str = QUERY
+    ) -> list[Any]: ...
 
 
 class Way(Protocol):
@@ -159,17 +168,17 @@ def adapter(request: pytest.FixtureRequest) -> Adapter:
 def call(mode: str) -> Call:
     """Call an adapter in both modes."""
 
-    def call(adapter: Adapter, items: Any = None, handler: Any = None) -> list[Any]:
+    def call(adapter: Adapter, items: Any = None, handler: Any = None, *, query: str = QUERY) -> list[Any]:
         if isinstance(adapter, LangChainRerank):
             given = documents() if items is None else items
             callbacks = [] if handler is None else [handler]
             if mode == "sync":
-                return adapter.compress_documents(given, QUERY, callbacks)
-            return asyncio.run(adapter.acompress_documents(given, QUERY, callbacks))
+                return adapter.compress_documents(given, query, callbacks)
+            return asyncio.run(adapter.acompress_documents(given, query, callbacks))
         given = nodes() if items is None else items
         if mode == "sync":
-            return adapter.postprocess_nodes(given, query_str=QUERY)
-        return asyncio.run(adapter.apostprocess_nodes(given, query_str=QUERY))
+            return adapter.postprocess_nodes(given, query_str=query)
+        return asyncio.run(adapter.apostprocess_nodes(given, query_str=query))
 
     return call
 
@@ -392,43 +401,54 @@ def test_a_fallback_shows_in_the_event(
 
 
 @pytest.mark.parametrize(
-    ("given", "reply", "problem", "usage"),
+    ("given", "top_n", "query", "reply", "problem", "usage"),
     [
-        (None, None, None, Usage(None, 1)),
-        ([], None, None, Usage(None, 0)),
-        (None, error("no such key", 401), AuthenticationError, None),
-        (None, DOWN, None, None),
+        (nodes(), 2, QUERY, None, None, Usage(None, 1)),
+        (nodes(), None, QUERY, None, None, Usage(None, 1)),
+        ([], None, QUERY, None, None, Usage(None, 0)),
+        (nodes(), 2, " ", None, InvalidInputError, None),
+        (nodes(), 2, QUERY, error("no such key", 401), AuthenticationError, None),
+        (nodes(), 2, QUERY, DOWN, None, None),
     ],
-    ids=["ranked", "empty", "failed", "fallen back"],
+    ids=["ranked", "all ranked", "empty", "refused", "failed", "fallen back"],
 )
 @pytest.mark.filterwarnings("ignore::regolo_rerank.errors.RerankFallbackWarning")  # seen in the test above
 def test_a_call_is_one_span_with_two_events(
+    mode: str,
     call: Call,
     llama_index: LlamaIndexRerank,
     stub: Stub,
     events: list[BaseEvent],
     spans: SimpleSpanHandler,
-    given: Any,
+    given: list[NodeWithScore],
+    top_n: int | None,
+    query: str,
     reply: Reply | None,
     problem: type[RegoloError] | None,
     usage: Usage | None,
 ) -> None:
-    """Each call, also an empty or failing one, is a span of its own, and its start and its end are events of it."""
-    llama_index.on_error = "return_input"
+    """Each call, also an empty or failing one, is a span with a start, which has what was asked, and an end."""
+    llama_index.on_error, llama_index.top_n = "return_input", top_n
+    kept: list[NodeWithScore] = []
     if reply is not None:
         stub.always(reply)
     if problem is None:
-        call(llama_index, given)
+        kept = call(llama_index, given, query=query)
     else:
         with pytest.raises(problem):
-            call(llama_index, given)
+            call(llama_index, given, query=query)
     assert not spans.open_spans
     (span,) = [*spans.completed_spans, *spans.dropped_spans]
+    assert span.id_.partition("-")[0] == f"RegoloRerank._{'a' * (mode == 'async')}postprocess_nodes"
     assert bool(spans.dropped_spans) == (problem is not None)
     start, end = events
     assert isinstance(start, ReRankStartEvent)
     assert isinstance(end, RegoloReRankEndEvent)
     assert (start.span_id, end.span_id) == (span.id_, span.id_)
+    assert getattr(start.query, "query_str", None) == query
+    assert (start.nodes, start.model_name) == (given, "Qwen3-Reranker-4B")
+    assert start.top_n == (len(given) if top_n is None else top_n)
+    assert end.nodes == kept
     assert end.usage == usage
     assert (end.error is None) == (usage is not None)
     assert end.fallback == (usage is None and problem is None)
