@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank.errors import RegoloError, RerankFallbackWarning
@@ -34,11 +34,10 @@ class Outcome(Generic[T]):
 
 def report_of(response: RerankResponse) -> dict[str, Any]:
     """Return what traces and events tell of a ranking."""
-    usage = {"total_tokens": response.usage.total_tokens, "requests": response.usage.requests}
     return {
         "response_id": response.id,
         "request_ids": response.request_ids,
-        "usage": usage,
+        "usage": asdict(response.usage),
         "fallback": False,
         "error": None,
     }

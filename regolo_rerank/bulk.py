@@ -40,7 +40,7 @@ __all__ = ["Bulk", "StoppedError", "resumed"]
 _HELD: Final = 8
 """Finished lines held back at most, until it is known whether a failure is the query's own or the service's."""
 _PROBE: Final = ("Is this service working?", ["It is."])
-_OF_THIS_RUN: Final = re.compile(r"pairs\[\d+\]: ")
+_OF_THIS_RUN: Final = re.compile(r"^pairs\[\d+\]: ")
 """How the client calls a query; in OUT.errors it has its line's number."""
 
 
@@ -76,7 +76,7 @@ class _Line(NamedTuple):
             given = self.fields()
         except InvalidInputError:
             given = {"input": self.raw.decode(errors="backslashreplace")}
-        told = {"type": type(error).__name__, "message": _OF_THIS_RUN.sub("", str(error), count=1)}
+        told = {"type": type(error).__name__, "message": _OF_THIS_RUN.sub("", str(error))}
         known = {name: getattr(error, name, None) for name in ("status_code", "request_id")}
         told |= {name: value for name, value in known.items() if value}
         # What an earlier run has added gives way.
@@ -177,10 +177,11 @@ class _Finished:
         count: How many lines there are.
     """
 
-    def __init__(self, path: Path, begins: bytes) -> None:
+    def __init__(self, path: Path, first: str, second: str) -> None:
         self.path = path
         self.count = 0
-        self._begins = begins
+        self._begins = f'{{"{first}": '.encode()
+        self._second = second
         self._end = 0
         self._is_cut = False
         self._file: FileIO | None = None
@@ -190,11 +191,19 @@ class _Finished:
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             for raw in file:
                 self._is_cut = not raw.endswith(b"\n")
-                if self._is_cut and (raw.startswith(self._begins) or self._begins.startswith(raw)):
+                if self._is_cut and self._may_be_ours(raw):
                     return
                 yield self._written(raw)
                 self.count += 1
                 self._end += len(raw)
+
+    def _may_be_ours(self, raw: bytes) -> bool:
+        """Return whether what was cut short began as a line of this file."""
+        if not raw.startswith(self._begins):
+            return self._begins.startswith(raw)
+        with suppress(ValueError, RecursionError):  # all but its line feed may be there
+            return self._second in json.loads(raw)
+        return True
 
     def _written(self, raw: bytes) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
@@ -328,8 +337,6 @@ class Bulk:
             self._held.append((self._out, query.line, query.ranking(outcome)))
             self._requests += outcome.usage.requests
             self._tokens += outcome.usage.total_tokens or 0
-            # Without a request it says nothing of the service.
-            self._doubtful &= not outcome.usage.requests
         else:
             error = query.refusal or outcome
             if _would_go_on(error):
@@ -410,7 +417,7 @@ def resumed(client: RegoloClient, source: BinaryIO, name: str, path: Path) -> It
         MissingAPIKeyError: The host demands a key, and there is none.
     """
     client.rerank_many(())  # refuses a key before any file is touched
-    out, errors = _Finished(path, b'{"id": '), _Finished(Path(f"{path}.errors"), b'{"line": ')
+    out, errors = _Finished(path, "id", "results"), _Finished(Path(f"{path}.errors"), "line", "error")
     given = _status(source)
     with ExitStack() as files:
         try:

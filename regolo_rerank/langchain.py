@@ -113,7 +113,6 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             RegoloError: See `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
                 `RerankFallbackWarning` instead.
         """
-        documents = checked_documents(documents, Document)
         return self._traced(documents, query, _config(callbacks))
 
     async def acompress_documents(
@@ -123,7 +122,6 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         callbacks: Callbacks | None = None,
     ) -> list[Document]:
         """Return what `compress_documents` does, without blocking the event loop."""
-        documents = checked_documents(documents, Document)
         return await self._atraced(documents, query, _config(callbacks))
 
     def rerank(
@@ -178,8 +176,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
         return Step(type(self).__name__, self._traced, self._atraced)
 
-    def _traced(self, documents: list[Document], query: str, config: RunnableConfig) -> list[Document]:
+    def _traced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
+        documents = checked_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
             return self._outcome(query, documents, self._contents, _scored).kept
@@ -196,7 +195,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         run.on_chain_end(outputs)
         return outcome.kept
 
-    async def _atraced(self, documents: list[Document], query: str, config: RunnableConfig) -> list[Document]:
+    async def _atraced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+        documents = checked_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
             return (await self._aoutcome(query, documents, self._contents, _scored)).kept

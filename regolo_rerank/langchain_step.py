@@ -1,6 +1,6 @@
 """The runnable form of LangChain's reranker."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
@@ -8,7 +8,6 @@ from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import BaseModel, create_model
 
 from regolo_rerank.errors import InvalidInputError
-from regolo_rerank.ranking import checked_documents
 
 __all__ = ["Step"]
 
@@ -19,8 +18,8 @@ class Step(Runnable[Any, list[Document]]):
     def __init__(
         self,
         name: str,
-        rerank: Callable[[list[Document], str, RunnableConfig], list[Document]],
-        arerank: Callable[[list[Document], str, RunnableConfig], Awaitable[list[Document]]],
+        rerank: Callable[[Sequence[Document], str, RunnableConfig], list[Document]],
+        arerank: Callable[[Sequence[Document], str, RunnableConfig], Awaitable[list[Document]]],
     ) -> None:
         self.name = name
         self._rerank = rerank
@@ -53,11 +52,11 @@ class Step(Runnable[Any, list[Document]]):
         return await self._arerank(*_read(input, kwargs), ensure_config(config))
 
 
-def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[list[Document], str]:
+def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[Sequence[Document], str]:
     if arguments:
         raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
     if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
         raise InvalidInputError(
             f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"
         )
-    return checked_documents(candidates["documents"], Document), candidates["query"]
+    return candidates["documents"], candidates["query"]

@@ -3,6 +3,7 @@
 What is shown is other people's text, so it is folded to a line, cut, and made harmless in both.
 """
 
+import functools
 import math
 import unicodedata
 from bisect import bisect_right
@@ -22,6 +23,7 @@ _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 _NOTHING: Final = "no results"
 _SHOWN_CHARACTERS: Final = 4_096
 """Of a text at most: thousands of marks on one letter take no column, but all the time and memory of a terminal."""
+_KNOWN_CHARACTERS: Final = 4_096
 _SHOWN_RESULTS: Final = 100
 _TEXT_COLUMNS: Final = 80
 _HTML_COLUMNS: Final = 160
@@ -140,12 +142,14 @@ def aligned(cells: list[str], fill: str = " ") -> list[str]:
     return [cell.rjust(width, fill) for cell in cells]
 
 
+@functools.lru_cache(_KNOWN_CHARACTERS)
 def _columns(character: str) -> int:
     if unicodedata.category(character) in {"Mn", "Me"}:
         return 0
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
 
 
+@functools.lru_cache(_KNOWN_CHARACTERS)
 def _shown_character(character: str) -> str:
     # Format characters hide or reorder text, and the emoji selector's width differs from terminal to terminal.
     if unicodedata.category(character) == "Cf" or character == "\ufe0f":

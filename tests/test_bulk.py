@@ -268,7 +268,7 @@ def test_a_query_that_fails_alone_is_a_line_of_errors(
         assert failure == {"line": number + 1, **query(number)}
         status = {"status_code": int(kind)} if kind.isdigit() else {}
         assert {name: said[name] for name in said if name not in {"type", "message"}} == status | told
-    assert probes(at_stub) == 1
+    assert probes(at_stub) == 2
     said = capsys.readouterr().err
     assert f"{COUNT - 4} ranked with " in said
     assert f", 4 failed (see {files.errors}); " in said
@@ -311,6 +311,30 @@ def test_more_failures_in_a_row_than_are_held_back(at_stub: Stub, files: Files) 
     assert [line["line"] for line in read(files.errors)] == list(range(1, COUNT + 1))
     assert files.out.read_bytes() == b""
     assert probes(at_stub) == COUNT / 8
+
+
+def test_an_answer_from_before_an_outage_blames_nobody(
+    at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the first query meets an outage that begins after later ones were answered, it is not to blame."""
+    down = threading.Event()
+
+    def answer(request: Received) -> Reply:
+        number = number_of(request)
+        if number == 0:
+            down.wait(20)
+        elif number == 6:
+            down.set()
+            return scored(request)
+        return error("broken", 503) if down.is_set() else scored(request)
+
+    at_stub.reply = answer
+    assert files.run() == 1
+    assert f"run again, it goes on at line 1 of {files.given}\n" in capsys.readouterr().err
+    assert files.contents() == (b"", b"")
+    at_stub.reply = scored
+    assert files.run() == 0
+    assert read(files.out) == [ranking(number) for number in range(COUNT)]
 
 
 STOPS: dict[str, Reply | Callable[[], Reply]] = {
@@ -548,6 +572,8 @@ def changed(number: int, **fields: Any) -> list[Any]:
         (None, b"[]", b"", "rankings.jsonl, line 1: not written by this command"),
         (None, b"[1]\n", b"", "rankings.jsonl, line 1: not written by this command"),
         (None, None, b'{"id": 1', "rankings.jsonl.errors, line 1: not written by this command"),
+        (None, b'{"id": "id-0", "query": "q"}', b"", "rankings.jsonl, line 1: not written by this command"),
+        (None, None, b'{"line": 3, "text": "notes"}', "rankings.jsonl.errors, line 1: not written by this command"),
     ],
 )
 def test_the_output_of_another_input_is_refused(
