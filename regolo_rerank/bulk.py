@@ -76,7 +76,8 @@ class _Line(NamedTuple):
             given = self.fields()
         except InvalidInputError:
             given = {"input": self.raw.decode(errors="backslashreplace")}
-        told = {"type": type(error).__name__, "message": _OF_THIS_RUN.sub("", str(error))}
+        words = _OF_THIS_RUN.sub("", str(error)) if isinstance(error, InvalidInputError) else str(error)
+        told = {"type": type(error).__name__, "message": words}
         known = {name: getattr(error, name, None) for name in ("status_code", "request_id")}
         told |= {name: value for name, value in known.items() if value}
         # What an earlier run has added gives way.

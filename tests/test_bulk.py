@@ -241,7 +241,7 @@ def test_what_is_never_sent_needs_no_service(at_stub: Stub, files: Files) -> Non
 
 
 POISON: dict[str, tuple[Reply | Callable[[], Reply], dict[str, Any]]] = {
-    "400": (Reply(error("too long", 400).body, 400, {"x-litellm-call-id": "call-7"}), {"request_id": "call-7"}),
+    "400": (Reply(error("pairs[3]: too long", 400).body, 400, {"x-litellm-call-id": "call-7"}), {"request_id": "call-7"}),
     "403": (error("blocked", 403), {}),
     "418": (error("teapot", 418), {}),
     "500": (error("broken", 500), {}),
@@ -268,6 +268,7 @@ def test_a_query_that_fails_alone_is_a_line_of_errors(
         assert failure == {"line": number + 1, **query(number)}
         status = {"status_code": int(kind)} if kind.isdigit() else {}
         assert {name: said[name] for name in said if name not in {"type", "message"}} == status | told
+        assert ("pairs[3]: too long" in said["message"]) == (kind == "400")
     assert probes(at_stub) == 2
     said = capsys.readouterr().err
     assert f"{COUNT - 4} ranked with " in said
