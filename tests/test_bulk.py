@@ -241,7 +241,10 @@ def test_what_is_never_sent_needs_no_service(at_stub: Stub, files: Files) -> Non
 
 
 POISON: dict[str, tuple[Reply | Callable[[], Reply], dict[str, Any]]] = {
-    "400": (Reply(error("pairs[3]: too long", 400).body, 400, {"x-litellm-call-id": "call-7"}), {"request_id": "call-7"}),
+    "400": (
+        Reply(error("pairs[3]: too long", 400).body, 400, {"x-litellm-call-id": "call-7"}),
+        {"request_id": "call-7"},
+    ),
     "403": (error("blocked", 403), {}),
     "418": (error("teapot", 418), {}),
     "500": (error("broken", 500), {}),
