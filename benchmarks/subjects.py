@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sized
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 from langchain_core.documents import BaseDocumentCompressor, Document
@@ -141,64 +141,40 @@ def _results(body: bytes) -> Sized:
 # This package.
 
 
-@contextmanager
-def _regolo(job: Job) -> Iterator[Call]:
-    with RegoloClient(_KEY, base_url=job.url) as client:
-        yield lambda: client.rerank(job.query, job.documents, top_n=job.top_n).results
+def _regolo(**options: Any) -> Subject:
+    @contextmanager
+    def opened(job: Job) -> Iterator[Call]:
+        with RegoloClient(_KEY, base_url=job.url, **options) as client:
+            yield lambda: client.rerank(job.query, job.documents, top_n=job.top_n).results
+
+    return opened
 
 
-@contextmanager
-def _regolo_langchain(job: Job) -> Iterator[Call]:
-    documents = job.langchain_documents
-    with LangChainRegoloRerank(api_key=_KEY, base_url=job.url, top_n=job.top_n) as reranker:
-        yield _compressing(reranker, documents, job.query)
-
-
-@contextmanager
-def _regolo_llama_index(job: Job) -> Iterator[Call]:
-    with LlamaIndexRegoloRerank(api_key=_KEY, base_url=job.url, top_n=job.top_n) as reranker:
-        yield _postprocessing(reranker, job)
-
-
-def _on(transport: Literal["httpx", "aiohttp"]) -> Subject:
+def _async_regolo(**options: Any) -> Subject:
     @asynccontextmanager
     async def opened(job: Job) -> AsyncIterator[Call]:
-        async with RegoloClient(_KEY, base_url=job.url, async_transport=transport) as client:
-            yield _ranking(client, job)
+        async with RegoloClient(_KEY, base_url=job.url, **options) as client:
+
+            async def call() -> Sized:
+                return (await client.arerank(job.query, job.documents, top_n=job.top_n)).results
+
+            yield call
 
     return opened
 
 
 def at_once(concurrency: int) -> dict[str, Subject]:
     """Return this package's clients with that many requests of a call in flight at once."""
-
-    @contextmanager
-    def regolo(job: Job) -> Iterator[Call]:
-        with RegoloClient(_KEY, base_url=job.url, max_concurrency=concurrency) as client:
-            yield lambda: client.rerank(job.query, job.documents, top_n=job.top_n).results
-
-    @asynccontextmanager
-    async def async_regolo(job: Job) -> AsyncIterator[Call]:
-        async with RegoloClient(_KEY, base_url=job.url, max_concurrency=concurrency) as client:
-            yield _ranking(client, job)
-
-    return {"RegoloClient": regolo, "RegoloClient, async": async_regolo}
+    options = {"max_concurrency": concurrency}
+    return {"RegoloClient": _regolo(**options), "RegoloClient, async": _async_regolo(**options)}
 
 
-def _ranking(client: RegoloClient, job: Job) -> Call:
-    async def call() -> Sized:
-        return (await client.arerank(job.query, job.documents, top_n=job.top_n)).results
-
-    return call
+def _regolo_langchain(job: Job) -> BaseDocumentCompressor:
+    return LangChainRegoloRerank(api_key=_KEY, base_url=job.url, top_n=job.top_n)
 
 
-def _compressing(reranker: BaseDocumentCompressor, documents: list[Document], query: str) -> Call:
-    return lambda: reranker.compress_documents(documents, query)
-
-
-def _postprocessing(reranker: BaseNodePostprocessor, job: Job) -> Call:
-    nodes = job.nodes
-    return lambda: reranker.postprocess_nodes(nodes, query_str=job.query)
+def _regolo_llama_index(job: Job) -> BaseNodePostprocessor:
+    return LlamaIndexRegoloRerank(api_key=_KEY, base_url=job.url, top_n=job.top_n)
 
 
 # Peers, pointed at the server by their own arguments; a batch holds all documents where its size is an option.
@@ -260,7 +236,8 @@ def _llama_index_siliconflow(job: Job) -> BaseNodePostprocessor:
 def _compressor(make: Callable[[Job], BaseDocumentCompressor]) -> Subject:
     @contextmanager
     def opened(job: Job) -> Iterator[Call]:
-        yield _compressing(make(job), job.langchain_documents, job.query)
+        reranker, documents = make(job), job.langchain_documents
+        yield lambda: reranker.compress_documents(documents, job.query)
 
     return opened
 
@@ -281,7 +258,8 @@ def _async_compressor(make: Callable[[Job], BaseDocumentCompressor]) -> Subject:
 def _postprocessor(make: Callable[[Job], BaseNodePostprocessor]) -> Subject:
     @contextmanager
     def opened(job: Job) -> Iterator[Call]:
-        yield _postprocessing(make(job), job)
+        reranker, nodes = make(job), job.nodes
+        yield lambda: reranker.postprocess_nodes(nodes, query_str=job.query)
 
     return opened
 
@@ -293,9 +271,9 @@ FLOORS: dict[str, Subject] = {
     "get_content of all nodes": _get_content,
 }
 OURS: dict[str, Subject] = {
-    "RegoloClient": _regolo,
-    "LangChain RegoloRerank": _regolo_langchain,
-    "LlamaIndex RegoloRerank": _regolo_llama_index,
+    "RegoloClient": _regolo(),
+    "LangChain RegoloRerank": _compressor(_regolo_langchain),
+    "LlamaIndex RegoloRerank": _postprocessor(_regolo_llama_index),
 }
 PEERS: dict[str, Subject] = {
     "cohere SDK": _cohere,
@@ -308,7 +286,9 @@ PEERS: dict[str, Subject] = {
     "LlamaIndex SiliconFlowRerank": _postprocessor(_llama_index_siliconflow),
 }
 ASYNC_FLOORS: dict[str, Subject] = {"aiohttp": _aiohttp, "httpx": _async_httpx}
-ASYNC_OURS: dict[str, Subject] = {"RegoloClient on httpx": _on("httpx"), "RegoloClient on aiohttp": _on("aiohttp")}
+ASYNC_OURS: dict[str, Subject] = {
+    f"RegoloClient on {name}": _async_regolo(async_transport=name) for name in ("httpx", "aiohttp")
+}
 ASYNC_PEERS: dict[str, Subject] = {
     "LangChain CohereRerank": _async_compressor(_langchain_cohere),
     "LangChain NVIDIARerank": _async_compressor(_langchain_nvidia),

@@ -27,7 +27,7 @@ _NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends over aiohttp, in the event loop that it was first used in.
+    """Sends over aiohttp, in the event loop that it was made in.
 
     Args:
         verify: The SSL context.
@@ -36,26 +36,18 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, verify: ssl.SSLContext, keepalive_expiry: float, *, trust_env: bool) -> None:
-        self._verify = verify
-        self._keepalive_expiry = keepalive_expiry
-        self._trust_env = trust_env
-        self._session: aiohttp.ClientSession | None = None
-
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._verify, keepalive_timeout=self._keepalive_expiry),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=_NO_TIMEOUT,
-                auto_decompress=False,
-                trust_env=self._trust_env,
-            )
-        return self._session
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=verify, keepalive_timeout=keepalive_expiry),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=_NO_TIMEOUT,
+            auto_decompress=False,
+            trust_env=trust_env,
+        )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
         try:
-            response = await self._opened().request(
+            response = await self._session.request(
                 request.method,
                 URL(str(request.url), encoded=True),
                 headers=request.headers,
@@ -73,9 +65,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            await asyncio.sleep(0)  # for the sockets to close too
+        await self._session.close()
+        await asyncio.sleep(0)  # for the sockets to close too
 
 
 class _Body(httpx.AsyncByteStream):

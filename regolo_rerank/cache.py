@@ -72,6 +72,7 @@ class KnownScores:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._mapping = mapping
         self._digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=32)
+        self._names: dict[str, Name] = {}
         self._claimed: set[Name] = set()
         self._awaited: dict[Name, KnownScores] = {}
         self._settled = False
@@ -92,9 +93,9 @@ class KnownScores:
         """
         self.loop = loop
         with _claims.lock:  # between a look and a claim, another call could learn a score and end
-            names = {self._name(text): text for text in texts}
-            known = self._look_up(names)
-            unknown = names.keys() - known.keys()
+            self._names = self._names or {text: self._name(text) for text in texts}
+            known = self._look_up(self._names.values())
+            unknown = set(self._names.values()) - known.keys()
             for name in unknown - self._awaited.keys():
                 other = _claims.held.get(name)
                 if other is not None and not self._blocks(other):
@@ -102,14 +103,12 @@ class KnownScores:
                     return other.ended
             self._claimed = unknown
             _claims.held.update(dict.fromkeys(unknown, self))
-        return {names[name]: score for name, score in known.items()}
+        return {text: known[name] for text, name in self._names.items() if name in known}
 
     def learn(self, scores: Mapping[str, float]) -> None:
         """Take in scores by text, for this and other calls."""
         with _claims.lock:
-            self.learnt |= {self._name(text): score for text, score in scores.items()}
-            if self._settled:  # the call has failed, and this reply came late
-                self._keep()
+            self.learnt |= {self._names[text]: score for text, score in scores.items()}
 
     def end(self) -> None:
         """Let other calls go on, in any thread."""
@@ -129,7 +128,6 @@ class KnownScores:
                 for name in self._claimed:
                     if _claims.held.get(name) is self:
                         del _claims.held[name]
-                self.end()
 
     def _look_up(self, names: Iterable[Name]) -> dict[Name, float]:
         known: dict[Name, float] = {}

@@ -145,11 +145,6 @@ class Terms:
             query,
         )
 
-    def crew_for_many(self) -> "Crew[Event]":
-        """Return the workers for one call after another, with enough under way that a slow one keeps nobody idle."""
-        most = self.options.max_concurrency
-        return Crew(most, window=4 * most if most > 1 else 1)
-
 
 class Call(Generic[Event]):
     """One query and its documents, from the plan to the ranking.
@@ -216,7 +211,7 @@ class Call(Generic[Event]):
 
     def crew_of_its_own(self) -> "Crew[Event]":
         """Return as many workers as this call alone can use."""
-        return Crew(min(self.terms.options.max_concurrency, len(self.plan.batches)), window=1)
+        return Crew(min(self.terms.options.max_concurrency, len(self.plan.batches)))
 
     def request(self, batch: range) -> dict[str, Any]:
         """Return the arguments of a batch's request, for the `stream` of a line or of an httpx client."""
@@ -252,6 +247,7 @@ class Call(Generic[Event]):
             if not patience.too_many():
                 self.crew.lags()
             elif self.crew.hand_back(self, batch):
+                _log.warning("attempt %d failed, next by another worker: %s", patience.sent, error)
                 patience.max_retries += 1
                 raise LeftError
         if isinstance(error, NotFoundError):
@@ -318,24 +314,32 @@ class Call(Generic[Event]):
             body.clear()
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn whatever can go wrong below into this package's errors."""
+    def errors(self, batch: range) -> Iterator[None]:
+        """Turn whatever can go wrong below, with a batch's request, into this package's errors."""
         host = self.terms.endpoint.url.netloc.decode()
         try:
-            yield
-        except (httpx.TimeoutException, TimeoutError) as error:
-            raise APITimeoutError(
-                f"no complete reply from {host} within the timeout ({type(error).__name__})"
-            ) from error
-        except httpx.DecodingError as error:
-            raise APIResponseError(f"the reply cannot be trusted: its body cannot be decompressed: {error}") from error
-        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-            raise APIConnectionError(f"no complete reply from {host}: {str(error) or type(error).__name__}") from error
-        except RuntimeError as error:
-            raise APIConnectionError(
-                f"the http client cannot be used: {error} An httpx client that was passed must be open, and an async "
-                f"one belongs to the event loop that it was first used in"
-            ) from error
+            try:
+                yield
+            except (httpx.TimeoutException, TimeoutError) as error:
+                raise APITimeoutError(
+                    f"no complete reply from {host} within the timeout ({type(error).__name__})"
+                ) from error
+            except httpx.DecodingError as error:
+                raise APIResponseError(
+                    f"the reply cannot be trusted: its body cannot be decompressed: {error}"
+                ) from error
+            except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
+                raise APIConnectionError(
+                    f"no complete reply from {host}: {str(error) or type(error).__name__}"
+                ) from error
+            except RuntimeError as error:
+                raise APIConnectionError(
+                    f"the http client cannot be used: {error} An httpx client that was passed must be open, and an "
+                    f"async one belongs to the event loop that it was first used in"
+                ) from error
+        except RegoloError as error:
+            _log.debug("%s has not answered to %d documents: %s", self.terms.endpoint.url, len(batch), error)
+            raise
 
 
 class Crew(Generic[Event]):
@@ -347,23 +351,27 @@ class Crew(Generic[Event]):
 
     Attributes:
         most: Workers at most.
-        window: Calls under way at most.
+        window: Calls under way at most: enough that a slow one keeps nobody idle.
     """
 
-    def __init__(self, most: int, *, window: int) -> None:
+    def __init__(self, most: int) -> None:
         self.most = self._limit = most
-        self.window = window
         self._workers = 0
         self._refused_at = 0.0
         self._lagged_at = -math.inf
         self._todo: deque[tuple[Call[Event], range]] = deque()
         self._lock = threading.Lock()
+        self.window = 4 * most if most > 1 else 1
 
-    def add(self, call: Call[Event]) -> int:
-        """Take on a call; return how many workers have to start."""
+    def add(self, call: Call[Event]) -> None:
+        """Take on a call."""
         call.crew = self
         with self._lock:
             self._todo.extend((call, batch) for batch in call.plan.batches)
+
+    def due(self) -> int:
+        """Return how many workers have to start now."""
+        with self._lock:
             if self._limit < self.most and time.monotonic() - self._refused_at > _FORGETS_AFTER:
                 self._limit += 1
                 self._refused_at = time.monotonic()

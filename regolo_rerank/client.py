@@ -228,7 +228,7 @@ class RegoloClient(Reranker):
     def _many(
         self, terms: Terms, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> Generator[RerankResponse | RegoloError]:
-        crew: Crew[threading.Event] = terms.crew_for_many()
+        crew: Crew[threading.Event] = Crew(terms.options.max_concurrency)
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
             self._lines(terms) as lines,
@@ -242,7 +242,7 @@ class RegoloClient(Reranker):
     async def _amany(
         self, terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> AsyncGenerator[RerankResponse | RegoloError]:
-        crew: Crew[asyncio.Event] = terms.crew_for_many()
+        crew: Crew[asyncio.Event] = Crew(terms.options.max_concurrency)
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             async with (
                 self._async_lines(terms) as lines,

@@ -4,7 +4,6 @@ An httpx client merges headers, keeps cookies and looks for redirects at each re
 costs; none of it is wanted here, so requests go to the client's transport, which also knows the environment's proxies.
 """
 
-import functools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Generic, TypeVar
@@ -17,6 +16,8 @@ C = TypeVar("C", httpx.Client, httpx.AsyncClient)
 
 _ROOM: Final = 8
 """Requests at once on one line: httpx's pool looks through all of its requests and connections at each of them."""
+
+_WAITS: Final = ("connect", "read", "write", "pool")
 
 
 def _transport(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> Any:
@@ -31,11 +32,6 @@ def is_proxied(client: httpx.Client | httpx.AsyncClient, url: httpx.URL) -> bool
     return isinstance(
         pool, httpcore.HTTPProxy | httpcore.AsyncHTTPProxy | httpcore.SOCKSProxy | httpcore.AsyncSOCKSProxy
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _timeouts(seconds: float | None) -> dict[str, float | None]:
-    return httpx.Timeout(seconds).as_dict()
 
 
 class _Line(Generic[C]):
@@ -69,7 +65,7 @@ class _Line(Generic[C]):
             url,
             content=content,
             headers={**self._headers, **headers},
-            extensions={"timeout": _timeouts(timeout), **(extensions or {})},
+            extensions={"timeout": dict.fromkeys(_WAITS, timeout), **(extensions or {})},
         )
         return next(auth.auth_flow(request)) if auth else request
 

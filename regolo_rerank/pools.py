@@ -220,11 +220,7 @@ class _Pool:
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        if not self._closing:
-            return
-        with self._lock:
-            idle = not self._users
-        if idle:
+        if self._closing and not self._users:
             for line in self._lines:
                 line.client.close()
 

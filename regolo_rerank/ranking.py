@@ -54,7 +54,7 @@ class Usage:
     """What a call took.
 
     Attributes:
-        total_tokens: Tokens as the service counted them, added up over the requests; None where it does not say.
+        total_tokens: Tokens as the service counted them, added up over the replies that tell; None where none does.
         requests: HTTP requests sent, retries included: each spends one of the account's rate limit.
     """
 
@@ -278,13 +278,8 @@ class Plan:
 
     def _results(self) -> list[RerankResult]:
         options, scores = self._options, self._scores
-        ranked = [
-            RerankResult(index, scores[slot], self._documents[index])
-            for index, slot in enumerate(self._slots)
-            if slot in scores
-        ]
-        ranked.sort(key=lambda result: -result.relevance_score)
-        ranked = ranked[: options.top_n]
+        best = sorted((-scores[slot], index) for index, slot in enumerate(self._slots) if slot in scores)
+        ranked = [RerankResult(index, -fall, self._documents[index]) for fall, index in best[: options.top_n]]
         if options.score_threshold is not None:
             # No blank document passes a threshold.
             return [result for result in ranked if result.relevance_score >= options.score_threshold]

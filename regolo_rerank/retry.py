@@ -37,7 +37,7 @@ def is_passing(error: BaseException) -> bool:
         lasting = (RuntimeError, httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
         return not isinstance(error.__cause__, lasting)
     if isinstance(error, APIResponseError):
-        return error.code in {None, "200", "408", "429"} or not error.code.startswith("4")
+        return error.code in {None, "408", "429"} or not error.code.startswith("4")
     if isinstance(error, APIStatusError) and error.type == "budget_exceeded":
         return False
     return isinstance(error, RateLimitError | ServerError)

@@ -1,7 +1,6 @@
 """The only file that sends: two thin drivers, threads and tasks, over the same calls and the same crew.
 
-Both give calls in their order, each when it has ended, and read ahead of the one that was given last: one call is a
-window of one.
+One call is sent and waited for; many are given in their order, each when it has ended, while others are read ahead.
 """
 
 import asyncio
@@ -46,26 +45,22 @@ async def aprepare(call: Call[asyncio.Event]) -> None:
 def finish(call: Call[threading.Event], lines: Lines) -> None:
     """Send all of one call: in the caller's thread where it has one request, else in several."""
     crew = call.crew_of_its_own()
-    _start(crew.add(call), crew, lines, woken := threading.Event())
-    try:
-        _wait_for(call, woken)
-    finally:
-        call.close()
+    crew.add(call)
+    _wait_for(call, crew, lines, threading.Event())
 
 
 async def afinish(call: Call[asyncio.Event], lines: AsyncLines) -> None:
     """Send all of one call: in the caller's task where it has one request, else in several."""
     crew = call.crew_of_its_own()
+    crew.add(call)
     if crew.most == 1:
-        crew.add(call)
+        crew.due()  # which is this task
         await _awork(crew, lines, asyncio.Event())
         return
     tasks = _Tasks(crew, lines)
     try:
-        tasks.start(crew.add(call))
         await tasks.wait_for(call)
     finally:
-        call.close()
         await tasks.stop()
 
 
@@ -93,10 +88,11 @@ def ended(
                     more, failure = False, error
                 else:
                     if isinstance(call, Call):
-                        _start(crew.add(call), crew, lines, woken)
+                        crew.add(call)
+                        _start(crew, lines, woken)
             if not pending:
                 break
-            _wait_for(pending[0], woken)
+            _wait_for(pending[0], crew, lines, woken)
             yield pending.popleft()
     finally:
         _close(pending)
@@ -127,7 +123,8 @@ class AsyncEnded(Generic[T]):
             async for call in calls:
                 self._pending.append(call)
                 if isinstance(call, Call):
-                    self._tasks.start(self._crew.add(call))
+                    self._crew.add(call)
+                    self._tasks.start()
                 self._tasks.woken.set()
                 await self._room.acquire()
 
@@ -160,8 +157,8 @@ class _Tasks:
         self._lines = lines
         self._workers: set[asyncio.Task[None]] = set()
 
-    def start(self, count: int) -> None:
-        for _ in range(count):
+    def start(self) -> None:
+        for _ in range(self._crew.due()):
             self._workers.add(worker := asyncio.create_task(_awork(self._crew, self._lines, self.woken)))
             worker.add_done_callback(self._left)
 
@@ -179,6 +176,7 @@ class _Tasks:
 
     async def wait_for(self, call: Call[asyncio.Event] | BaseException) -> None:
         while not _is_over(call):
+            self.start()
             await self.until_woken()
 
     async def stop(self, *others: asyncio.Task[None]) -> None:
@@ -208,7 +206,8 @@ async def _awork(crew: Crew[asyncio.Event], lines: AsyncLines, woken: asyncio.Ev
         woken.set()
 
 
-def _start(workers: int, crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
+def _start(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> None:
+    workers = crew.due()
     if workers and crew.most == 1:
         _work(crew, lines, woken)
         return
@@ -242,8 +241,11 @@ def _work(crew: Crew[threading.Event], lines: Lines, woken: threading.Event) -> 
         woken.set()
 
 
-def _wait_for(call: Call[threading.Event] | BaseException, woken: threading.Event) -> None:
+def _wait_for(
+    call: Call[threading.Event] | BaseException, crew: Crew[threading.Event], lines: Lines, woken: threading.Event
+) -> None:
     while not _is_over(call):
+        _start(crew, lines, woken)
         woken.wait()
         woken.clear()
 
@@ -270,7 +272,7 @@ def _send(call: Call[threading.Event], batch: range, line: Line | httpx.Client, 
         with call.unless_over():
             patience.before_sending()
             body, started = bytearray(), time.monotonic()
-            with call.errors(), line.stream(**call.request(batch)) as response, call.decoding(response, body):
+            with call.errors(batch), line.stream(**call.request(batch)) as response, call.decoding(response, body):
                 for chunk in response.iter_bytes():
                     body += chunk
                     call.check(body, started)
@@ -296,7 +298,7 @@ async def _asend(
         with call.unless_over():
             patience.before_sending()
             body, started = bytearray(), time.monotonic()
-            with call.errors():
+            with call.errors(batch):
                 async with asyncio.timeout(call.terms.timeout), line.stream(**call.request(batch)) as response:
                     with call.decoding(response, body):
                         async for chunk in response.aiter_bytes():

@@ -1,5 +1,6 @@
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
@@ -13,11 +14,13 @@ import termios
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from regolo_rerank import RegoloClient, bulk
@@ -341,6 +344,36 @@ def test_an_answer_from_before_an_outage_blames_nobody(
     assert read(files.out) == [ranking(number) for number in range(COUNT)]
 
 
+@pytest.mark.parametrize("cause", [httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError])
+def test_a_network_that_is_lost_stops_the_run(
+    cause: type[Exception], files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the way to the server fails, the first query that meets it ends the run, and nobody is asked again."""
+    sent: list[str] = []
+
+    def unreachable(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        del self
+        sent.append(request.url.host)
+        raise cause("no way there")
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", unreachable)
+    assert files.run("--base-url", "http://127.0.0.1:9", "--max-concurrency", "1") == 1
+    assert f"run again, it goes on at line 1 of {files.given}\n" in capsys.readouterr().err
+    assert files.contents() == (b"", b"")
+    assert len(sent) == 4  # one query and its retries
+
+
+def test_the_rate_is_that_of_the_run(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the bar stand the queries a second since the run began."""
+    seconds = itertools.count(0, 0.5)
+    monkeypatch.setattr(bulk, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    notes: list[str] = []
+    client = RegoloClient(base_url="local://")
+    with files.given.open("rb") as source, bulk.resumed(client, source, "IN", files.out) as run:
+        run.rank(client, lambda _count=1, note="": notes.append(note))
+    assert notes == ["2.0 queries/s"] * COUNT
+
+
 STOPS: dict[str, Reply | Callable[[], Reply]] = {
     "key": error(f"no such key {KEY}", 401),
     "forbidden": error("not this model", 403),
@@ -453,15 +486,6 @@ def test_a_run_that_was_stopped_at_any_byte_ends_the_same(files: Files) -> None:
         assert files.contents() == whole
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Let processes that are started be interrupted, even where this one, in the background, is not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)], ids=["kill", "term", "int"]
 )

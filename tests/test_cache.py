@@ -827,20 +827,36 @@ def test_a_failed_call_keeps_what_it_has_learnt(rank: Rank, stub: Stub, workers:
         assert rank(client, "q", ["a", "b", "c"]).usage.requests == 1
 
 
-def test_a_reply_that_comes_after_the_failure_is_kept(stub: Stub) -> None:
-    """What a thread of a failed call receives late has been paid for, and is known to the next call."""
+def test_a_mapping_is_used_in_the_callers_thread_only(stub: Stub) -> None:
+    """What a thread of a failed call receives late is not written behind the caller's back."""
+    users: set[threading.Thread] = set()
+    answered = threading.Event()
+
+    class Watched(dict[str, float]):
+        def get(self, key: str, default: Any = None) -> Any:
+            users.add(threading.current_thread())
+            return super().get(key, default)
+
+        def __setitem__(self, key: str, score: float) -> None:
+            users.add(threading.current_thread())
+            super().__setitem__(key, score)
 
     def answer(request: Received) -> Reply:
-        assert soon(lambda: len(stub.received) == 2)
-        return error("no", 400) if "a" in request.documents else Reply(scored(request).body, delay=0.1)
+        assert soon(lambda: len(stub.received) == 3)
+        if "b" in request.documents:
+            answered.wait(10)
+        return error("no", 400) if "a" in request.documents else scored(request)
 
     stub.reply = answer
-    known: Mapping = {}
+    known = Watched()
     with opened(stub, known, batch_size=1) as client:
         with pytest.raises(BadRequestError):
-            client.rerank("q", ["a", "b"])
-        assert soon(lambda: len(known) == 1)
-        assert client.rerank("q", ["b"]).usage.requests == 0
+            client.rerank("q", ["a", "b", "c"])
+        before = len(known)
+        answered.set()
+        assert soon(lambda: not [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"])
+    assert users == {threading.current_thread()}
+    assert len(known) == before
 
 
 def test_a_refused_call_claims_nothing(rank: Rank, stub: Stub) -> None:

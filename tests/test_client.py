@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import json
 import logging
 import threading
 import time
@@ -16,7 +17,6 @@ from regolo_rerank import (
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
-    BadRequestError,
     InvalidInputError,
     MissingAPIKeyError,
     NotFoundError,
@@ -201,6 +201,18 @@ def test_batches_go_out_concurrently_within_the_limit(rank: Rank, stub: Stub, co
     assert stub.most_at_once == concurrency
     assert [result.index for result in response.results] == list(range(17, -1, -1))
     assert response.usage.requests == 9
+
+
+def test_usage_is_that_of_the_replies_that_tell(rank: Rank, stub: Stub) -> None:
+    """A reply without a count of tokens takes nothing from those of the others."""
+
+    def reply(request: Received) -> Reply:
+        told = {"usage": {"total_tokens": 7}} if "document 0 " in request.documents[0] else {}
+        return Reply(json.loads(scored(request).body) | told)
+
+    stub.reply = reply
+    response = rank(RegoloClient(KEY, base_url=stub.url, batch_size=1), "q", texts(3))
+    assert (response.usage.total_tokens, response.usage.requests) == (7, 3)
 
 
 def test_usage_and_request_ids_add_up_over_batches(rank: Rank, stub: Stub) -> None:
@@ -569,6 +581,29 @@ def test_a_moment_of_rest_is_forgotten(rank: Rank, stub: Stub, monkeypatch: pyte
     assert 2 <= service.refused <= 10  # 15 if nobody ever rested
 
 
+def test_a_limit_that_is_lifted_is_found_out(rank: Rank, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some time after a refusal one more request of the same call is tried at once, and then another."""
+    monkeypatch.setattr(calls, "_FORGETS_AFTER", 0.05)
+    four, met = threading.Barrier(4), threading.Event()
+    limit = 1
+
+    def reply(request: Received) -> Reply:
+        nonlocal limit
+        if stub.at_once > limit:
+            return crowded(limit)
+        if len(stub.received) >= 12:
+            limit = 4
+        if len(stub.received) > 80 and not met.is_set():
+            four.wait(10)
+            met.set()
+        return Reply(scored(request).body, delay=0.02)
+
+    stub.reply = reply
+    response = rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=4), "q", texts(100))
+    assert len(response.results) == 100
+    assert met.is_set()
+
+
 def test_a_batch_that_is_handed_on_keeps_its_retries(rank: Rank, stub: Stub) -> None:
     """A request that one worker after another finds to be one too many has not failed: it fails no call."""
 
@@ -837,26 +872,39 @@ def test_long_documents_are_cut_for_scoring_only(rank: Rank, stub: Stub) -> None
     assert [result.document for result in response.results] == documents
 
 
-def test_a_document_over_the_models_context_is_named(rank: Rank, client: RegoloClient, stub: Stub) -> None:
-    """The error says which document is the longest, how long it is, and what cuts it."""
-    stub.always(error("This model's maximum context length is 4096 tokens.", 400))
-    with pytest.raises(BadRequestError, match=r"documents\[2\] with 7 characters.*max_document_chars"):
-        rank(client, "q", ["ab", "", "abcdefg", "c"])
-
-
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def test_requests_and_retries_are_logged(
-    rank: Rank, client: RegoloClient, stub: Stub, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Each reply is a line at DEBUG, each retry one at WARNING."""
-    stub.script(error("busy", 503))
+def test_every_request_is_logged(rank: Rank, stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
+    """Each request is a line at DEBUG, with its reply's name or what came in its place; each repeated one a WARNING."""
+
+    def reply(request: Received) -> Reply:
+        if "document 1 " in request.documents[0] and len(stub.received) == 2:
+            raise ConnectionAbortedError
+        return Reply(scored(request).body, headers={"x-litellm-call-id": f"call-{len(stub.received)}"})
+
+    stub.reply = reply
     with caplog.at_level(logging.DEBUG, "regolo_rerank"):
-        rank(client, "q", ["a"])
-    levels = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "regolo_rerank"]
-    assert [level for level, _ in levels] == ["DEBUG", "WARNING", "DEBUG"]
-    assert "busy" in levels[1][1]
+        rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=1), "q", texts(3))
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "regolo_rerank"]
+    expected = [
+        ("DEBUG", "answered 200 to 1 documents, request call-1"),
+        ("DEBUG", "has not answered to 1 documents: no complete reply from"),
+        ("WARNING", "attempt 1 failed, next in 0.00 s: APIConnectionError: no complete reply from"),
+        ("DEBUG", "answered 200 to 1 documents, request call-3"),
+        ("DEBUG", "answered 200 to 1 documents, request call-4"),
+    ]
+    assert [level for level, _ in said] == [level for level, _ in expected]
+    assert all(words in message for (_, message), (_, words) in zip(said, expected, strict=True))
+
+
+def test_a_batch_that_is_handed_on_is_logged(rank: Rank, stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
+    """A request that another worker sends again is a line at WARNING too."""
+    stub.script(crowded(1))
+    rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=2), "q", texts(3))
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert said[0].startswith("attempt 1 failed, next by another worker: Limit type: max_parallel_requests")
 
 
 def test_every_error_is_one_of_ours(rank: Rank, client: RegoloClient, stub: Stub) -> None:

@@ -1,5 +1,7 @@
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
+from regolo_rerank.cli import main
 from regolo_rerank.options import API_KEY_VARIABLE, BASE_URL_VARIABLE, Options
 from tests.corpus import TEXTS, Everything, index
 from tests.public import CLASSES, fields_of, methods_of, parameters_of
@@ -48,10 +51,33 @@ def test_every_example_runs(
         assert not printed
 
 
+def test_the_bulk_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command makes its line of OUT from its line of IN, but for the scores."""
+    (command, *_), (given, ranked) = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", PAGES["docs/bulk.md"], re.DOTALL | re.MULTILINE)
+        for kind in ("bash", "json")
+    )
+    name, *arguments = shlex.split(command)
+    assert name == "regolo-rerank"
+    (tmp_path / "queries.jsonl").write_text(given, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--local"]) == 0
+    out, said = json.loads((tmp_path / "rankings.jsonl").read_text("utf-8")), json.loads(ranked)
+    for result in [*out["results"], *said["results"]]:
+        assert 0 <= result.pop("relevance_score") <= 1
+    assert out == said
+
+
 def test_no_code_of_the_documentation_is_left_out() -> None:
-    """Every fence in docs/ belongs to one of the Python blocks that are run."""
-    fences = [fence for path in DOCS for fence in re.findall(r"^\s*(?:```|~~~)", PAGES[path], re.MULTILINE)]
-    assert len(fences) == 2 * sum(name.startswith("docs/") for name in EXAMPLES)
+    """Every fence belongs to a block that is run, and no code stands outside of one."""
+    run = {path: sum(name.startswith(f"{path} ") for name in EXAMPLES) for path in PAGES}
+    run["README.md"] += 2  # the first is run in the demo's tests, the second runs all of them
+    run["docs/bulk.md"] += 3
+    for path, text in PAGES.items():
+        assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * run[path], path
+        outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"^\n(?: {4}|\t)(?!options:).*$", outside, re.MULTILINE)
+        assert not indented, path
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,15 @@ def step(reranker: RegoloRerank) -> Step:
     return reranker.as_runnable()
 
 
+def test_a_step_is_named_after_its_reranker() -> None:
+    """A subclass's step has the subclass's name, as its runs have."""
+
+    class Reordered(RegoloRerank):
+        """A reranker of the caller's own."""
+
+    assert Reordered(base_url="local://").as_runnable().get_name() == "Reordered"
+
+
 FORMS: dict[str, Callable[[Step], Step]] = {
     "dict": lambda step: {"query": RunnablePassthrough[str](), "documents": Everything()} | step,
     "parallel": lambda step: RunnableParallel(query=RunnablePassthrough[str](), documents=Everything()) | step,

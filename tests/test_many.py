@@ -27,7 +27,6 @@ import httpx
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
-from langchain_core.documents import Document
 from nbclient import NotebookClient
 
 from regolo_rerank import (
@@ -39,7 +38,6 @@ from regolo_rerank import (
     RerankResponse,
     calls,
 )
-from regolo_rerank.langchain import RegoloRerank
 from tests.conftest import KEY
 from tests.observed import asoon, sockets, soon
 from tests.stub import Received, Reply, Stub, crowded, error, scored
@@ -1103,26 +1101,3 @@ def test_a_bar_without_tqdm_says_what_to_install(
 
 
 # --- LangChain --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["sync", "async"])
-def test_langchain_ranks_many_by_batch(stub: Stub, way: str) -> None:
-    """`batch` and `abatch` of the runnable form keep the order, the config's bound, and errors in their place."""
-    stub.reply = fails_on("query 5", delay=0.02)
-    inputs: list[Any] = [
-        {"query": query, "documents": [Document(text) for text in documents]} for query, documents in smalls(12)
-    ]
-    runnable = RegoloRerank(KEY, base_url=stub.url).as_runnable()
-    settings: Any = {"config": {"max_concurrency": 2}, "return_exceptions": True}
-    got: list[Any] = (
-        runnable.batch(inputs, **settings) if way == "sync" else asyncio.run(runnable.abatch(inputs, **settings))
-    )
-    assert stub.most_at_once == 2
-    assert isinstance(got.pop(5), BadRequestError)
-    del inputs[5]
-    for candidates, documents in zip(inputs, got, strict=True):
-        assert {document.page_content for document in documents} == {
-            document.page_content for document in candidates["documents"]
-        }
-    with pytest.raises(BadRequestError):
-        runnable.batch([{"query": "query 5", "documents": [Document("a")]}])

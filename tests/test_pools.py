@@ -287,20 +287,26 @@ def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
 @pytest.mark.parametrize("transport", ["sync", "httpx", "aiohttp"])
 @pytest.mark.parametrize("host", ["https://127.0.0.1", "https://api.regolo.ai"])
 def test_https_verifies_certificates(host: str, transport: Any) -> None:
-    """Whoever holds the connection, https goes by the shared context, which demands a certificate that it knows."""
+    """Whoever holds the connection, https goes by the shared context, and idle connections are kept for a minute."""
 
-    async def opened(client: RegoloClient) -> ssl.SSLContext:
+    def told(used: Any) -> tuple[Any, float]:
+        if isinstance(used, AiohttpTransport):
+            connector: Any = used._session.connector
+            return connector._ssl, connector._keepalive_timeout
+        return used._pool._ssl_context, used._pool._keepalive_expiry
+
+    async def opened(client: RegoloClient) -> tuple[Any, float]:
         async with client._pools.async_pool(client.endpoint(), transport) as line:
             with line() as taken:
-                used = taken.client._transport
-        return used._verify if isinstance(used, AiohttpTransport) else used._pool._ssl_context  # type: ignore[attr-defined]  # httpx's own
+                return told(taken.client._transport)
 
     client = RegoloClient(KEY, base_url=host)
     if transport == "sync":
         with client._pools.pool(client.endpoint()) as line, line() as taken:
-            context = taken.client._transport._pool._ssl_context  # type: ignore[attr-defined]  # httpx's own
+            context, kept = told(taken.client._transport)
     else:
-        context = asyncio.run(opened(client))
+        context, kept = asyncio.run(opened(client))
     assert context is pools._ssl_context()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     assert context.get_ca_certs()
+    assert kept == 60

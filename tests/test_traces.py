@@ -359,6 +359,19 @@ def test_nothing_is_written_down_where_nobody_listens(
         way(langchain, Handler())
 
 
+def test_an_interrupted_call_ends_its_run(call: Call, langchain: LangChainRerank) -> None:
+    """Ctrl-C leaves no run open: its error is the interruption."""
+
+    def interrupted(query: str, documents: list[str]) -> list[float]:
+        raise KeyboardInterrupt(query, documents)
+
+    handler = Handler()
+    langchain.base_url, langchain.scorer = "local://", interrupted
+    with pytest.raises(KeyboardInterrupt):
+        call(langchain, handler=handler)
+    assert [(what, type(told)) for what, _, told in handler.told] == [("start", dict), ("error", KeyboardInterrupt)]
+
+
 # --- LlamaIndex -------------------------------------------------------------------------------------------------------
 
 
@@ -565,6 +578,15 @@ def test_openinference_sees_a_reranker_in_llama_index(
     assert attributes["regolo_rerank.request_ids"] == ("call-1", "call-1")
     assert (attributes["regolo_rerank.total_tokens"], attributes["regolo_rerank.requests"]) == (14, 2)
     assert attributes["regolo_rerank.fallback"] is False
+
+
+def test_openinference_sees_that_all_are_kept(call: Call, adapter: Adapter, exporter: InMemorySpanExporter) -> None:
+    """Without a top_n, a span's top_k is the number of its documents."""
+    adapter.top_n = None
+    assert len(call(adapter)) == 3
+    (span,) = reranker_spans(exporter)
+    assert (span.attributes or {})["reranker.top_k"] == 3
+    assert len(documents_in(span, "output")) == 3
 
 
 def test_openinference_sees_that_a_reranker_failed(

@@ -1,7 +1,7 @@
 """What users of the package write, with the type of every public call: mypy checks it, and test_types.py runs it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, MutableMapping, Sequence
 from typing import Any, Literal, assert_type
 
 import httpx
@@ -30,6 +30,7 @@ from regolo_rerank import (
 from regolo_rerank.langchain import Candidates, RankedIndex
 from regolo_rerank.langchain import RegoloRerank as DocumentReranker
 from regolo_rerank.llama_index import RegoloRerank as NodeReranker
+from regolo_rerank.plot import Picture, rank_changes
 from tests.corpus import QUERY
 
 
@@ -53,6 +54,7 @@ def with_the_client(texts: list[str]) -> RerankResponse:
     assert_type(response.usage.requests, int)
     assert_type(response.request_ids, list[str])
     assert_type(response.meta, Any)
+    assert_type(rank_changes(texts, response, labels=texts), Picture)
     return response
 
 
@@ -110,6 +112,9 @@ def with_options() -> RegoloClient:
     assert_type(client.max_document_chars, int | None)
     assert_type(client.extra_body, dict[str, Any] | None)
     assert_type(client.allow_http, bool)
+    assert_type(client.cache, MutableMapping[str, float] | None)
+    client.cache = {}
+    assert_type(client.async_transport, Literal["httpx", "aiohttp"])
     assert_type(client.http_client, httpx.Client | None)
     assert_type(client.async_http_client, httpx.AsyncClient | None)
     assert_type(client.model_copy(update={"top_n": 1}), RegoloClient)
