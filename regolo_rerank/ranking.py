@@ -278,8 +278,13 @@ class Plan:
 
     def _results(self) -> list[RerankResult]:
         options, scores = self._options, self._scores
-        best = sorted((-scores[slot], index) for index, slot in enumerate(self._slots) if slot in scores)
-        ranked = [RerankResult(index, -fall, self._documents[index]) for fall, index in best[: options.top_n]]
+        ranked = [
+            RerankResult(index, scores[slot], self._documents[index])
+            for index, slot in enumerate(self._slots)
+            if slot in scores
+        ]
+        ranked.sort(key=lambda result: -result.relevance_score)
+        ranked = ranked[: options.top_n]
         if options.score_threshold is not None:
             # No blank document passes a threshold.
             return [result for result in ranked if result.relevance_score >= options.score_threshold]
