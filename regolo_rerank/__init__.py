@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ServerError,
     )
     from regolo_rerank.prompts import PromptFormat
-    from regolo_rerank.ranking import RerankResponse, RerankResult, Usage
+    from regolo_rerank.results import RerankResponse, RerankResult, Usage
 
 __version__ = "0.1.0"
 
@@ -61,9 +61,9 @@ __all__ = [
 _HOMES = {
     "PromptFormat": "prompts",
     "RegoloClient": "client",
-    "RerankResponse": "ranking",
-    "RerankResult": "ranking",
-    "Usage": "ranking",
+    "RerankResponse": "results",
+    "RerankResult": "results",
+    "Usage": "results",
 }
 
 

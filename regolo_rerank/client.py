@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, 
 from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
-from regolo_rerank.calls import Call, Crew, Event, Terms
+from regolo_rerank._core.calls import Call, Crew, Event, Terms
+from regolo_rerank._core.reranker import Reranker, forgetful_errors
+from regolo_rerank._core.sending import AsyncEnded, aprepare, ended, prepare
+from regolo_rerank._display.progress import progress
 from regolo_rerank.errors import InvalidInputError, RegoloError
-from regolo_rerank.progress import progress
-from regolo_rerank.ranking import RerankResponse
-from regolo_rerank.reranker import Reranker, forgetful_errors
-from regolo_rerank.sending import AsyncEnded, aprepare, ended, prepare
+from regolo_rerank.results import RerankResponse
 
 __all__ = ["RegoloClient"]
 

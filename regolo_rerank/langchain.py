@@ -18,10 +18,11 @@ except ImportError as error:
 
 from pydantic import SecretStr, model_validator
 
-from regolo_rerank.adapter import AdapterOptions, Outcome
+from regolo_rerank._adapters.base import AdapterOptions, Outcome
+from regolo_rerank._adapters.spans import show_inputs, show_outputs
+from regolo_rerank._core.inputs import checked_documents
 from regolo_rerank.errors import InvalidInputError
-from regolo_rerank.ranking import RerankResponse, checked_documents
-from regolo_rerank.spans import show_inputs, show_outputs
+from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
@@ -172,7 +173,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             'Pasta al pesto'
         """
         # LangChain's runnables take longer to load than all else together.
-        from regolo_rerank.langchain_step import Step
+        from regolo_rerank._adapters.runnable import Step
 
         return Step(type(self).__name__, self._traced, self._atraced)
 

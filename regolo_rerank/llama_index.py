@@ -17,10 +17,11 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank.adapter import AdapterOptions, Outcome, report_of_failure
+from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
+from regolo_rerank._adapters.spans import show_report
+from regolo_rerank._core.inputs import checked_documents
 from regolo_rerank.errors import InvalidInputError
-from regolo_rerank.ranking import RerankResponse, Usage, checked_documents
-from regolo_rerank.spans import show_report
+from regolo_rerank.results import RerankResponse, Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
 

@@ -5,14 +5,12 @@ argument of a single call is checked by the option that it stands in for.
 """
 
 import difflib
-import functools
-import ipaddress
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import httpx
 from pydantic import (
@@ -31,62 +29,18 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
+from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
-__all__ = ["API_KEY_VARIABLE", "BASE_URL_VARIABLE", "DEFAULT_BASE_URL", "Endpoint", "Options", "Scorer"]
+__all__ = ["API_KEY_VARIABLE", "Options"]
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
-BASE_URL_VARIABLE: Final = "REGOLO_BASE_URL"
-DEFAULT_BASE_URL: Final = "https://api.regolo.ai"
-
-Scorer = Callable[[str, list[str]], Sequence[float]]
-"""What can score for `local://`: (query, documents) -> one finite number a document, higher is better."""
-
-
-class Endpoint(NamedTuple):
-    """Where requests go, as `base_url` says."""
-
-    url: httpx.URL
-    embedded: bool
-    loopback: bool
-
-    @property
-    def demands_key(self) -> bool:
-        """Whether this is Regolo's own service, which answers nobody without a key."""
-        return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
-
-
-@functools.lru_cache(maxsize=64)
-def _endpoint(base_url: str) -> Endpoint:
-    """Read a base URL, with or without `/rerank` and slashes at its end; raise ValueError for any other text."""
-    if base_url.rstrip("/") == "local:" and base_url.startswith("local://"):
-        return Endpoint(httpx.URL("local://embedded/rerank"), embedded=True, loopback=True)
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise ValueError(str(error)) from None
-    if url.scheme not in {"http", "https"}:
-        raise ValueError("must start with https://, http:// or be local://")
-    if not url.host or " " in url.host:
-        raise ValueError("must name a host")
-    if url.userinfo or url.fragment:
-        raise ValueError("must hold no user, password or fragment; a key goes into api_key")
-    path = url.path.rstrip("/")
-    url = url.copy_with(path=path if path.endswith("/rerank") else f"{path}/rerank")
-    return Endpoint(url, embedded=False, loopback=_is_loopback(url.host))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.rstrip(".") == "localhost"
 
 
 def _checked_base_url(base_url: str) -> str:
     base_url = base_url.strip()
-    _endpoint(base_url)
+    read_base_url(base_url)
     return base_url
 
 
@@ -361,7 +315,7 @@ class Options(BaseModel):
         if base_url is None:
             name, base_url = BASE_URL_VARIABLE, os.environ.get(BASE_URL_VARIABLE, "").strip()
         try:
-            endpoint = _endpoint(base_url or DEFAULT_BASE_URL)
+            endpoint = read_base_url(base_url or DEFAULT_BASE_URL)
         except ValueError as error:
             problem = f"{name}: {error}"
         else:

@@ -18,9 +18,10 @@ try:
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
+from regolo_rerank._core.inputs import checked_documents
+from regolo_rerank._display.tables import aligned, clipped, harmless, shown_score
 from regolo_rerank.errors import InvalidInputError
-from regolo_rerank.ranking import RerankResponse, RerankResult, checked_documents
-from regolo_rerank.tables import aligned, clipped, harmless, shown_score
+from regolo_rerank.results import RerankResponse, RerankResult
 
 __all__ = ["Picture", "rank_changes"]
 

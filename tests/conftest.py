@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import pytest
 from tenacity import wait_none
 
-from regolo_rerank import RegoloClient, RerankResponse, backoff
-from tests.stub import Stub
+from regolo_rerank import RegoloClient, RerankResponse
+from regolo_rerank._core import backoff
+from tests.support.stub import Stub
 
 KEY = "sk-canary-4f1d"
 

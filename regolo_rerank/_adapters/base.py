@@ -1,0 +1,113 @@
+"""What both adapters share besides the core: their default top_n, a way around failures, and what traces tell."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from regolo_rerank._core.reranker import Reranker
+from regolo_rerank._core.retry import is_passing
+from regolo_rerank.errors import RegoloError, RerankFallbackWarning
+from regolo_rerank.options import Count
+from regolo_rerank.results import RerankResponse
+
+__all__ = ["AdapterOptions", "Outcome", "report_of", "report_of_failure"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("regolo_rerank")
+
+
+@dataclass(slots=True)
+class Outcome(Generic[T]):
+    """What a rerank has come to.
+
+    Attributes:
+        kept: The documents that the caller gets.
+        report: What traces and events tell of it besides.
+    """
+
+    kept: list[T]
+    report: dict[str, Any]
+
+
+def report_of(response: RerankResponse) -> dict[str, Any]:
+    """Return what traces and events tell of a ranking."""
+    return {
+        "response_id": response.id,
+        "request_ids": response.request_ids,
+        "usage": asdict(response.usage),
+        "fallback": False,
+        "error": None,
+    }
+
+
+def report_of_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
+    """Return what they tell of a failure, whether or not the input stands in for a ranking."""
+    request_id = getattr(error, "request_id", None)
+    return {
+        "response_id": None,
+        "request_ids": [] if request_id is None else [request_id],
+        "usage": None,
+        "fallback": fallback,
+        "error": f"{type(error).__name__}: {error}",
+    }
+
+
+class AdapterOptions(Reranker):
+    """The options that only adapters have.
+
+    Raises:
+        pydantic.ValidationError: On construction and on assignment, as in `Options`.
+    """
+
+    top_n: Count | None = 5
+    """Documents kept, the best first; None keeps all."""
+
+    on_error: Literal["raise", "return_input"] = "raise"
+    """What happens when the service fails (no connection, a timeout, 408, 429, 5xx, an untrustworthy reply):
+    "return_input" gives the first `top_n` documents in their own order, without a score and with a
+    `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
+
+    def _outcome(
+        self,
+        query: str,
+        candidates: list[T],
+        texts: Callable[[list[T]], list[str]],
+        scored: Callable[[list[T], RerankResponse], list[T]],
+    ) -> Outcome[T]:
+        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
+        try:
+            response = self._rank(query, texts(candidates))
+        except RegoloError as error:
+            return self._fall_back(error, candidates)
+        return Outcome(scored(candidates, response), report_of(response))
+
+    async def _aoutcome(
+        self,
+        query: str,
+        candidates: list[T],
+        texts: Callable[[list[T]], list[str]],
+        scored: Callable[[list[T], RerankResponse], list[T]],
+    ) -> Outcome[T]:
+        try:
+            response = await self._arank(query, texts(candidates))
+        except RegoloError as error:
+            return self._fall_back(error, candidates)
+        return Outcome(scored(candidates, response), report_of(response))
+
+    def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
+        """Return what stands in for a ranking that failed, or raise the error again."""
+        if self.on_error == "raise" or not is_passing(error):
+            raise error
+        kept = candidates[: self.top_n]
+        report = report_of_failure(error, fallback=True)
+        words = (
+            f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
+            f"order: {report['error']}"
+        )
+        # Python shows a warning once; the log has each.
+        _log.warning(words)
+        warnings.warn(words, RerankFallbackWarning, stacklevel=2)
+        return Outcome(kept, report)

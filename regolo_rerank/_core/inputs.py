@@ -1,0 +1,47 @@
+"""What callers give, checked before anything is made of it."""
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TypeVar
+
+from regolo_rerank.errors import InvalidInputError
+
+__all__ = ["checked_documents", "checked_query"]
+
+T = TypeVar("T")
+
+
+def checked_query(query: object) -> str:
+    """Return the query, or refuse it.
+
+    Raises:
+        InvalidInputError: It is no string, or blank: the service would answer with meaningless scores.
+    """
+    if not isinstance(query, str):
+        raise InvalidInputError(f"query: must be a string, got {type(query).__name__}")
+    if not query.strip():
+        raise InvalidInputError("query: must not be blank")
+    return query
+
+
+def checked_documents(documents: Iterable[T], *kinds: type, name: str = "documents") -> list[T]:
+    """Return the documents of a list, a tuple or an iterator as a list, or refuse them.
+
+    Args:
+        documents: What the caller gave.
+        *kinds: The types that an item may have.
+        name: What the argument is called.
+
+    Raises:
+        InvalidInputError: It is a single document, has no order to take indices from, or holds something else.
+    """
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    alone = (str, bytes, Mapping, AbstractSet, *kinds)
+    if isinstance(documents, alone) or not isinstance(documents, Iterable):
+        raise InvalidInputError(f"{name}: must be a list of {wanted}, got {type(documents).__name__}")
+    listed = list(documents)
+    if not set(map(type, listed)) <= set(kinds):
+        for index, document in enumerate(listed):
+            if not isinstance(document, kinds):
+                raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {type(document).__name__}")
+    return listed

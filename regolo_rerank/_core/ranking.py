@@ -1,0 +1,215 @@
+"""From texts to requests and from replies to one ranking, without any I/O.
+
+Blank documents are not sent and equal ones are sent once; what is left is cut into even batches. Scores are pointwise
+(a document's score does not depend on the others in its request), so the replies merge exactly.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice, pairwise
+from typing import Any, NamedTuple
+
+from regolo_rerank._wire.messages import Reply, encoded, repaired
+from regolo_rerank.errors import APIResponseError, InvalidInputError
+from regolo_rerank.options import Options
+from regolo_rerank.prompts import PromptFormat
+from regolo_rerank.results import RerankResponse, RerankResult, Usage
+
+__all__ = ["Plan"]
+
+_BYTES_A_CHARACTER = 6
+"""Of JSON at most: a control character is written as `\\u0000`."""
+
+
+class _Receipt(NamedTuple):
+    """What is kept of a reply besides its scores."""
+
+    id: Any
+    meta: Any
+    tokens: int | None
+    request_id: str | None
+    sent: int
+
+
+class Plan:
+    """One call's work: which requests to send, and the ranking that their replies add up to.
+
+    Args:
+        query: The checked query.
+        documents: The checked documents.
+        options: The call's options.
+        prompt_format: How texts are put into words for the model.
+
+    Attributes:
+        query: The query string of all requests.
+        texts: The distinct texts of the documents, those that have to be sent first.
+        batches: One range a request, over the texts; empty where there is nothing to send, and before `cut`.
+
+    Raises:
+        InvalidInputError: The query alone fills a request.
+    """
+
+    def __init__(self, query: str, documents: Sequence[str], options: Options, prompt_format: PromptFormat) -> None:
+        self._documents = documents
+        self._options = options
+        self._format = prompt_format
+        self.query = prompt_format.format_query(query, options.instruction)
+        self._slots, self.texts = _distinct(documents, options.max_document_chars)
+        self._scores: dict[int, float] = {}
+        self._receipts: dict[range, _Receipt] = {}
+        self.batches: list[range] = []
+        # In a request: what is left for the documents.
+        most = options.batch_size
+        self._budget = options.max_request_bytes - len(self._encoded([])) - len(b',"top_n":') - len(str(most))
+        if self._budget <= 0:
+            raise InvalidInputError(
+                f"query: with instruction and extra_body it fills a request of max_request_bytes="
+                f"{options.max_request_bytes}; shorten it or raise that limit"
+            )
+
+    def cut(self, known: Mapping[str, float]) -> None:
+        """Cut into batches what has to be sent: the texts without a known score."""
+        if known:
+            texts = [*(text for text in self.texts if text not in known), *known]
+            numbers = dict(zip(texts, range(len(texts)), strict=True))
+            self._slots = [None if slot is None else numbers[self.texts[slot]] for slot in self._slots]
+            self._scores = {numbers[text]: score for text, score in known.items()}
+            self.texts = texts
+        self.batches = self._cut(len(self.texts) - len(known))
+
+    def request(self, batch: range) -> bytes:
+        """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
+        return self._encoded(self._format.format_documents(self.texts[batch.start : batch.stop]))
+
+    def _sent(self, slot: int) -> str:
+        return self._format.format_document(self.texts[slot])
+
+    def _encoded(self, documents: list[str]) -> bytes:
+        body: dict[str, Any] = {"model": self._options.model, "query": self.query, "documents": documents}
+        if documents and (asked := self._asked(len(documents))) is not None:
+            body["top_n"] = asked
+        return encoded((self._options.extra_body or {}) | body)
+
+    def _asked(self, count: int) -> int | None:
+        """Return the top_n of a request with that many documents; for a cache, every score is learnt."""
+        top_n = self._options.top_n
+        return None if top_n is None or self._options.cache is not None else min(top_n, count)
+
+    def _cut(self, count: int) -> list[range]:
+        """Cut the first texts into as few batches as the limits allow, even ones where that keeps within the bytes."""
+        most, budget = self._options.batch_size, self._budget
+        even = _even(count, -(-count // most))
+        # Most calls are far below the limit: then nothing needs to be encoded to know it.
+        longest = max(map(len, islice(self.texts, count)), default=0) + len(self._format.document)
+        if min(most, count) * (longest * _BYTES_A_CHARACTER + len(b'"",')) <= budget:
+            return even
+        sizes = [len(encoded(self._sent(slot))) + 1 for slot in range(count)]
+        ends = [0, *accumulate(sizes)]
+        packed, start = [], 0
+        for slot in range(count):
+            if slot - start >= most or (slot > start and ends[slot + 1] - ends[start] > budget):
+                packed.append(range(start, slot))
+                start = slot
+        packed.append(range(start, count))
+        even = _even(count, len(packed))
+        fits = all(len(batch) <= most and ends[batch.stop] - ends[batch.start] <= budget for batch in even)
+        return even if fits else packed
+
+    def learn(self, batch: range, reply: Reply, request_id: str | None, sent: int) -> dict[int, float]:
+        """Check a batch's reply against what was asked, keep its scores, and return them by the place of their text.
+
+        Args:
+            batch: The batch.
+            reply: Its reply.
+            request_id: The server's name for the request.
+            sent: How often the request was sent.
+
+        Raises:
+            APIResponseError: It leaves a document out, names one twice, names one that was not sent, or belongs to
+                another request.
+        """
+        asked = self._asked(len(batch)) or len(batch)
+        scores: dict[int, float] = {}
+        for result in reply.results:
+            if not 0 <= result.index < len(batch):
+                raise _untrusted(f"it names document {result.index} of {len(batch)}", request_id)
+            if batch[result.index] in scores:
+                raise _untrusted(f"it names document {result.index} twice", request_id)
+            scores[batch[result.index]] = result.relevance_score
+        if len(scores) < asked:
+            raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
+        echoes = False
+        for result in reply.results:
+            if (echo := result.echo) is not None:
+                if _alike(echo, repaired(self._sent(batch[result.index]))):
+                    break
+                echoes = True
+        else:
+            if echoes:
+                raise _untrusted("it echoes other documents than were sent", request_id)
+        self._scores.update(scores)
+        self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
+        return scores
+
+    def longest(self, batch: range) -> tuple[int, int]:
+        """Return the index and the length in characters of the longest document that a batch sends."""
+        slot = max(batch, key=lambda slot: len(self.texts[slot]))
+        return self._slots.index(slot), len(self.texts[slot])
+
+    def response(self) -> RerankResponse:
+        """Return the ranking, once every batch's reply is known."""
+        receipts = [self._receipts[batch] for batch in self.batches]
+        if not receipts:
+            return RerankResponse(results=self._results())
+        tokens = [receipt.tokens for receipt in receipts if receipt.tokens is not None]
+        return RerankResponse(
+            id=None if receipts[0].id is None else str(receipts[0].id),
+            results=self._results(),
+            meta=receipts[0].meta,
+            usage=Usage(sum(tokens) if tokens else None, sum(receipt.sent for receipt in receipts)),
+            request_ids=[receipt.request_id for receipt in receipts if receipt.request_id is not None],
+        )
+
+    def _results(self) -> list[RerankResult]:
+        options, scores = self._options, self._scores
+        ranked = [
+            RerankResult(index, scores[slot], self._documents[index])
+            for index, slot in enumerate(self._slots)
+            if slot in scores
+        ]
+        ranked.sort(key=lambda result: -result.relevance_score)
+        ranked = ranked[: options.top_n]
+        if options.score_threshold is not None:
+            # No blank document passes a threshold.
+            return [result for result in ranked if result.relevance_score >= options.score_threshold]
+        worst = min(0.0, ranked[-1].relevance_score if ranked else 0.0)
+        blank = [
+            RerankResult(index, worst, self._documents[index]) for index, slot in enumerate(self._slots) if slot is None
+        ]
+        return (ranked + blank)[: options.top_n]
+
+
+def _distinct(documents: Sequence[str], longest: int | None) -> tuple[Sequence[int | None], Sequence[str]]:
+    """Return which distinct text each document is, None for a blank one, and these texts."""
+    scored = documents if longest is None else [document[:longest] for document in documents]
+    numbers: dict[str, int | None] = dict.fromkeys(scored)
+    if len(numbers) == len(documents) and "" not in numbers and not any(map(str.isspace, numbers)):
+        return range(len(documents)), scored
+    texts = [text for text in numbers if text and not text.isspace()]
+    numbers.update(zip(texts, range(len(texts)), strict=True))
+    return [numbers[text] for text in scored], texts
+
+
+def _alike(echo: str, sent: str) -> bool:
+    """Return whether a server may mean what was sent; it may have cut, stripped or lower-cased it, or left tags out."""
+    echoed, text = (re.sub(r"\W+", "", side[:1_000]).casefold() for side in (echo, sent))
+    return text[:50] in echoed or echoed[:50] in text
+
+
+def _untrusted(problem: str, request_id: str | None) -> APIResponseError:
+    return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=request_id)
+
+
+def _even(count: int, parts: int) -> list[range]:
+    ends = [-(-count * part // parts) for part in range(parts + 1)] if parts else []
+    return [range(start, stop) for start, stop in pairwise(ends)]

@@ -1,0 +1,1 @@
+"""The httpx clients and transports that carry requests."""

@@ -1,0 +1,107 @@
+"""The embedded endpoint: an httpx transport that answers `base_url="local://"` in this process.
+
+It speaks the wire format of the service and needs no key, no network and no model. It is for trying things and for
+tests; the scores of its lexical scorer say how many words a document shares with the query, not what it means.
+"""
+
+import asyncio
+import inspect
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+import httpx
+from pydantic import ValidationError
+
+from regolo_rerank._wire.endpoint import Scorer
+from regolo_rerank._wire.messages import Request, encoded
+from regolo_rerank.errors import InvalidInputError
+
+__all__ = ["SCORER_EXTENSION", "EmbeddedTransport", "answer", "lexical_scores"]
+
+SCORER_EXTENSION: Final = "regolo_rerank.scorer"
+"""Key of the request's extension that holds a scorer to use in place of the lexical one."""
+
+
+def lexical_scores(query: str, documents: list[str]) -> list[float]:
+    """Score documents by the words that they share with the query.
+
+    Args:
+        query: The query.
+        documents: N texts.
+
+    Returns:
+        N numbers from 0 to 1, the best 1: rapidfuzz's `token_set_ratio`, which knows neither word order nor case, over
+        100.
+
+    Raises:
+        InvalidInputError: rapidfuzz is not installed.
+    """
+    try:
+        from rapidfuzz import fuzz, utils
+    except ImportError:
+        raise InvalidInputError(
+            'base_url="local://" scores with rapidfuzz: pip install "regolo_rerank[local]", or pass a scorer'
+        ) from None
+    return [fuzz.token_set_ratio(query, text, processor=utils.default_process) / 100 for text in documents]
+
+
+def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
+    """Answer the JSON of a request as the service does.
+
+    Args:
+        body: The request's body.
+        scorer: (query, documents) -> one finite number a document; None takes `lexical_scores`.
+
+    Returns:
+        The HTTP status and the body of the reply.
+
+    Raises:
+        InvalidInputError: The scorer failed, or gave something other than one finite number a document.
+    """
+    try:
+        request = Request.model_validate_json(body)
+    except ValidationError as error:
+        detail = [{"loc": ["body", *line["loc"]], "msg": line["msg"]} for line in error.errors()]
+        return 422, encoded({"detail": detail})
+    scores = _scores(scorer or lexical_scores, request.query, request.documents)
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
+    results = [
+        {"index": index, "relevance_score": scores[index], "document": {"text": request.documents[index]}}
+        for index in best
+    ]
+    return 200, encoded({"id": f"local-{uuid.uuid4().hex[:16]}", "results": results, "meta": None})
+
+
+def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]:
+    if inspect.iscoroutinefunction(scorer):
+        raise InvalidInputError("scorer: must be an ordinary function, not an async one")
+    try:
+        scores = [float(score) for score in scorer(query, documents)]
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        raise InvalidInputError(f"scorer: it raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(documents) or not all(map(math.isfinite, scores)):
+        raise InvalidInputError(
+            f"scorer: must give one finite number a document, gave {len(scores)} scores for {len(documents)}"
+        )
+    return scores
+
+
+class EmbeddedTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """Answers every request in this process; the scorer comes with the request."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer in the caller's thread."""
+        return self._response(*answer(request.read(), request.extensions.get(SCORER_EXTENSION)))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer in a thread, so that a scorer that computes does not block the event loop."""
+        body = await request.aread()
+        return self._response(*await asyncio.to_thread(answer, body, request.extensions.get(SCORER_EXTENSION)))
+
+    @staticmethod
+    def _response(status_code: int, body: bytes) -> httpx.Response:
+        return httpx.Response(status_code, headers={"content-type": "application/json"}, content=body)

@@ -1,0 +1,56 @@
+"""Where requests go, as `base_url` says."""
+
+import functools
+import ipaddress
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import httpx
+
+__all__ = ["BASE_URL_VARIABLE", "DEFAULT_BASE_URL", "Endpoint", "Scorer", "read_base_url"]
+
+BASE_URL_VARIABLE: Final = "REGOLO_BASE_URL"
+DEFAULT_BASE_URL: Final = "https://api.regolo.ai"
+
+Scorer = Callable[[str, list[str]], Sequence[float]]
+"""What can score for `local://`: (query, documents) -> one finite number a document, higher is better."""
+
+
+class Endpoint(NamedTuple):
+    """Where requests go, as `base_url` says."""
+
+    url: httpx.URL
+    embedded: bool
+    loopback: bool
+
+    @property
+    def demands_key(self) -> bool:
+        """Whether this is Regolo's own service, which answers nobody without a key."""
+        return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
+
+
+@functools.lru_cache(maxsize=64)
+def read_base_url(base_url: str) -> Endpoint:
+    """Read a base URL, with or without `/rerank` and slashes at its end; raise ValueError for any other text."""
+    if base_url.rstrip("/") == "local:" and base_url.startswith("local://"):
+        return Endpoint(httpx.URL("local://embedded/rerank"), embedded=True, loopback=True)
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    if url.scheme not in {"http", "https"}:
+        raise ValueError("must start with https://, http:// or be local://")
+    if not url.host or " " in url.host:
+        raise ValueError("must name a host")
+    if url.userinfo or url.fragment:
+        raise ValueError("must hold no user, password or fragment; a key goes into api_key")
+    path = url.path.rstrip("/")
+    url = url.copy_with(path=path if path.endswith("/rerank") else f"{path}/rerank")
+    return Endpoint(url, embedded=False, loopback=_is_loopback(url.host))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".") == "localhost"

@@ -1,0 +1,178 @@
+import asyncio
+import builtins
+import json
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from regolo_rerank import InvalidInputError, RegoloClient
+from regolo_rerank._transports.local import answer, lexical_scores
+from tests.conftest import Rank
+from tests.support.stub import Reply, Stub, pairs
+
+QUERY = "capital of China"
+DOCUMENTS = ["Rome is the capital of Italy.", "Beijing is the capital of China.", "", "pizza"]
+
+
+def test_the_embedded_endpoint_ranks_without_key_and_network(rank: Rank) -> None:
+    """local:// needs nothing and ranks by the words that query and document share."""
+    response = rank(RegoloClient(base_url="local://"), QUERY, DOCUMENTS)
+    assert [result.index for result in response.results] == [1, 0, 3, 2]
+    assert response.results[0].relevance_score == 1.0
+
+
+def test_the_environment_may_choose_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REGOLO_BASE_URL=local:// does the same, and a key that is there is of no use."""
+    monkeypatch.setenv("REGOLO_BASE_URL", "local://")
+    monkeypatch.setenv("REGOLO_API_KEY", "bad\nkey")
+    assert rank(RegoloClient(), QUERY, DOCUMENTS, top_n=1).results[0].index == 1
+
+
+def test_it_answers_alike_behind_a_socket(rank: Rank, stub: Stub) -> None:
+    """The endpoint in this process and the same one behind a real socket give the same ranking."""
+    stub.reply = lambda request: Reply(answer(request.body)[1])
+    words = ["capital", "of", "some China", "in", "Italy of", "capital China", "China", "of capital"]
+    texts = [f"{word} {index}" for index, word in enumerate(words)]
+    local = rank(RegoloClient(base_url="local://", batch_size=4), QUERY, texts, top_n=6)
+    remote = rank(RegoloClient(base_url=stub.url, batch_size=4, prompt_format="plain"), QUERY, texts, top_n=6)
+    assert pairs(local.results) == pairs(remote.results)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"model": "m", "query": null, "documents": []}',
+        b'{"model": "m", "query": "q", "documents": [1]}',
+    ],
+)
+def test_a_malformed_request_is_answered_as_by_the_service(body: bytes) -> None:
+    """Whatever is no request gets a 422 with the place of what is wrong."""
+    status, reply = answer(body)
+    assert status == 422
+    assert json.loads(reply)["detail"][0]["msg"]
+
+
+@pytest.mark.parametrize(("top_n", "kept"), [(None, 4), (0, 4), (2, 2), (9, 4)])
+def test_top_n_counts_as_at_the_service(top_n: int | None, kept: int) -> None:
+    """Null and 0 mean all, and more than there are means all."""
+    request = {"model": "m", "query": QUERY, "documents": DOCUMENTS, "top_n": top_n}
+    status, reply = answer(json.dumps(request).encode())
+    results = json.loads(reply)["results"]
+    assert (status, len(results)) == (200, kept)
+    assert results == sorted(results, key=lambda result: -float(result["relevance_score"]))
+    assert all(result["document"]["text"] == DOCUMENTS[result["index"]] for result in results)
+
+
+def fails(_query: str, _documents: list[str]) -> Sequence[float]:
+    """Fail as a scorer with a bug does."""
+    raise KeyError("weights")
+
+
+async def is_async(_query: str, documents: list[str]) -> list[float]:
+    """Score as no scorer can."""
+    return [0.0] * len(documents)
+
+
+@pytest.mark.parametrize("option", [{"scorer": is_async}])
+def test_an_async_scorer_is_refused(rank: Rank, option: dict[str, Any]) -> None:
+    """A scorer that would only make coroutines is named."""
+    with pytest.raises(InvalidInputError, match="scorer: must be an ordinary function"):
+        rank(RegoloClient(base_url="local://", **option), QUERY, DOCUMENTS)
+
+
+def test_a_scorer_takes_the_time_it_takes(rank: Rank) -> None:
+    """`timeout` is for servers: a slow scorer is neither cut off nor called again."""
+    calls: list[str] = []
+
+    def slow(query: str, documents: list[str]) -> list[float]:
+        calls.append(query)
+        time.sleep(0.1)
+        return [0.0] * len(documents)
+
+    assert len(rank(RegoloClient(base_url="local://", scorer=slow, timeout=0.01), QUERY, DOCUMENTS).results) == 4
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (lambda _query, _documents: [1.0], "one finite number a document, gave 1 scores for 3"),
+        (lambda _query, documents: [float("nan") for _ in documents], "one finite number a document"),
+        (lambda _query, documents: ["x" for _ in documents], "it raised ValueError"),
+        (lambda _query, _documents: None, "it raised TypeError"),
+        (fails, "it raised KeyError: 'weights'"),
+    ],
+)
+def test_a_scorer_that_fails_is_named_and_called_once(rank: Rank, scorer: Any, message: str) -> None:
+    """A wrong scorer is the caller's mistake: an InvalidInputError at once, with the cause."""
+    calls = []
+
+    def counted(query: str, documents: list[str]) -> Any:
+        calls.append(query)
+        return scorer(query, documents)
+
+    with pytest.raises(InvalidInputError, match=f"scorer: .*{message}"):
+        rank(RegoloClient(base_url="local://", scorer=counted), QUERY, DOCUMENTS)
+    assert len(calls) == 1
+
+
+def test_a_scorer_sees_the_plain_texts(rank: Rank) -> None:
+    """The embedded endpoint gets query and documents without a prompt around them."""
+    seen: list[Any] = []
+
+    def scorer(query: str, documents: list[str]) -> list[float]:
+        seen.append((query, documents))
+        return [0.0] * len(documents)
+
+    rank(RegoloClient(base_url="local://", scorer=scorer), QUERY, DOCUMENTS)
+    assert seen == [(QUERY, [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3]])]
+
+
+def test_a_scorer_that_computes_does_not_block_the_event_loop() -> None:
+    """While a scorer works, the loop goes on."""
+
+    def slow(_query: str, documents: list[str]) -> list[float]:
+        time.sleep(0.2)
+        return [0.0] * len(documents)
+
+    async def main() -> int:
+        call = asyncio.create_task(RegoloClient(base_url="local://", scorer=slow).arerank(QUERY, DOCUMENTS))
+        beats = 0
+        while not call.done():
+            await asyncio.sleep(0.01)
+            beats += 1
+        return beats
+
+    assert asyncio.run(main()) > 5
+
+
+def test_sync_calls_score_in_the_callers_thread() -> None:
+    """A single request on local:// starts no thread, so that a scorer may keep what belongs to its thread."""
+    threads = []
+
+    def scorer(_query: str, documents: list[str]) -> list[float]:
+        threads.append(threading.current_thread())
+        return [0.0] * len(documents)
+
+    RegoloClient(base_url="local://", scorer=scorer).rerank(QUERY, DOCUMENTS)
+    assert threads == [threading.current_thread()]
+
+
+def test_without_rapidfuzz_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lexical scorer names the extra that brings it, and the way round it."""
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("rapidfuzz"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InvalidInputError, match=r"regolo_rerank\[local\].*scorer"):
+        lexical_scores(QUERY, DOCUMENTS)

@@ -1,0 +1,313 @@
+import asyncio
+import copy
+import gc
+import multiprocessing
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from regolo_rerank import APIResponseError, APITimeoutError, RegoloClient
+from regolo_rerank._core import calls as calls_module
+from regolo_rerank._transports import pools
+from regolo_rerank._transports.aiohttp_transport import AiohttpTransport
+from tests.conftest import KEY, Rank
+from tests.support.entries import Entry, aranked
+from tests.support.faults import FaultServer, endless
+from tests.support.observed import sockets, soon
+from tests.support.stub import Reply, Stub, pairs, scored
+
+EXPECTED = [(1, 0.9), (0, 0.1)]
+DOCUMENTS = ["a score=0.1", "b score=0.9"]
+
+
+async def ranked(client: RegoloClient) -> list[tuple[int, float]]:
+    """Rank the two documents."""
+    return pairs((await client.arerank("q", DOCUMENTS)).results)
+
+
+@pytest.mark.parametrize("runs", [3, 20])
+def test_a_client_works_in_one_event_loop_after_another(client: RegoloClient, stub: Stub, runs: int) -> None:
+    """Each asyncio.run has its own pool, which is gone with its loop, sockets included."""
+    before = sockets()
+    for _ in range(runs):
+        assert asyncio.run(ranked(client)) == EXPECTED
+        assert not client._pools._loops
+    gc.collect()
+    assert soon(lambda: sockets() <= before)  # the stub closes its side a moment later
+    assert stub.connections == runs
+
+
+def test_a_loop_that_was_closed_without_its_generators_is_forgotten(client: RegoloClient) -> None:
+    """A loop whose owner skipped shutdown_asyncgens does not stay for ever."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(ranked(client))
+    (line,) = client._pools._loops[loop].pools["plain", "httpx"].lines
+    loop.run_until_complete(line.client.aclose())
+    loop.close()
+    asyncio.run(ranked(client))
+    assert loop not in client._pools._loops
+
+
+def test_two_loops_in_two_threads_at_once(client: RegoloClient) -> None:
+    """Two event loops use one client at the same time."""
+
+    async def many() -> list[list[tuple[int, float]]]:
+        return await asyncio.gather(*(ranked(client) for _ in range(20)))
+
+    with ThreadPoolExecutor(2) as threads:
+        for answers in threads.map(lambda _: asyncio.run(many()), range(2)):
+            assert answers == [EXPECTED] * 20
+
+
+def test_many_threads_share_one_client(client: RegoloClient) -> None:
+    """32 threads get the right ranking from one client."""
+    with ThreadPoolExecutor(32) as threads:
+        answers = list(threads.map(lambda _: pairs(client.rerank("q", DOCUMENTS).results), range(64)))
+    assert answers == [EXPECTED] * 64
+
+
+def test_a_cancelled_call_leaves_nothing_behind(stub: Stub) -> None:
+    """wait_for ends a call at once, with no task left and nothing more sent."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=3)
+
+    async def cancelled(client: RegoloClient) -> tuple[float, set[Any]]:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.arerank("q", [f"{index}" for index in range(9)]), 0.1)
+        took = time.monotonic() - started
+        await asyncio.sleep(0)
+        return took, asyncio.all_tasks() - {asyncio.current_task()}
+
+    with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+        took, tasks = asyncio.run(cancelled(client))
+    assert took < 2
+    assert not tasks
+    assert len(stub.received) == 4
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_a_forgotten_client_closes_without_a_warning(stub: Stub, *, cyclic: bool) -> None:
+    """A client that nobody closes leaves no socket and no ResourceWarning, also as part of a reference cycle."""
+
+    async def forget() -> None:
+        before = sockets()
+        client = RegoloClient(KEY, base_url=stub.url)
+        await ranked(client)
+        client.rerank("q", DOCUMENTS)
+        gone = weakref.ref(client)
+        if cyclic:
+            cycle: list[Any] = [client]
+            cycle.append(cycle)
+            del cycle
+        del client
+        if cyclic:
+            gc.collect()
+        assert gone() is None
+        await asyncio.sleep(0.05)  # the loop closes the pool as soon as it runs
+        assert sockets() <= before + 2  # the stub's ends of both connections
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(forget())
+        gc.collect()
+    assert not [str(warning.message) for warning in caught]
+
+
+def test_a_forked_process_opens_its_own_connections(stub: Stub) -> None:
+    """After fork the child ranks over a connection of its own, and the parent's stays usable."""
+    with RegoloClient(KEY, base_url=stub.url) as client:
+        client.rerank("q", DOCUMENTS)
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+
+        def child() -> None:
+            answers.put((pairs(client.rerank("q", DOCUMENTS).results), asyncio.run(ranked(client))))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside the stub's threads
+            process = context.Process(target=child)
+            process.start()
+        process.join(20)
+        assert process.exitcode == 0
+        assert answers.get() == (EXPECTED, EXPECTED)
+        assert pairs(client.rerank("q", DOCUMENTS).results) == EXPECTED
+        assert stub.connections == 3
+
+
+def test_closing_waits_for_calls_in_other_threads(stub: Stub) -> None:
+    """A sync call that is under way when the client is closed comes to its end, and its connection closes after it."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
+    before = sockets()
+    client = RegoloClient(KEY, base_url=stub.url, max_retries=0)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(client.rerank, "q", DOCUMENTS)
+        time.sleep(0.1)
+        client.close()
+        assert pairs(call.result().results) == EXPECTED
+    assert sockets() <= before + 1  # the stub's end
+
+
+def test_a_deep_copy_has_connections_of_its_own(client: RegoloClient) -> None:
+    """Closing a copy does not close the original's connections."""
+    client.rerank("q", DOCUMENTS)
+    with copy.deepcopy(client) as copied:
+        copied.rerank("q", DOCUMENTS)
+        assert copied._pools is not client._pools
+    assert client._pools._pools
+
+
+def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
+    """Ctrl-C must not wait for a batch in flight: its threads end with the process."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+    client = RegoloClient(KEY, base_url=stub.url, batch_size=1, timeout=0.1, max_retries=0)
+    with pytest.raises(APITimeoutError):
+        client.rerank("q", DOCUMENTS)
+    workers = [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"]
+    assert all(thread.daemon for thread in workers)
+    for thread in workers:
+        thread.join(2)
+    client.close()
+
+
+def test_every_request_runs_in_the_callers_context(rank: Rank) -> None:
+    """What a caller keeps in context variables, such as the current trace, is there for each of a call's requests."""
+    variable: ContextVar[str] = ContextVar("variable", default="lost")
+    seen: list[str] = []
+
+    def scorer(_query: str, documents: list[str]) -> list[float]:
+        seen.append(variable.get())
+        return [0.0] * len(documents)
+
+    token = variable.set("kept")
+    rank(RegoloClient(base_url="local://", scorer=scorer, batch_size=1), "q", ["a", "b", "c"])
+    variable.reset(token)
+    assert seen == ["kept"] * 3
+
+
+NESTED = """
+import asyncio, sys
+import nest_asyncio
+nest_asyncio.apply()
+from regolo_rerank import RegoloClient
+
+client = RegoloClient(base_url=sys.argv[1], batch_size=1)
+
+async def cell():
+    call = lambda: client.arerank("q", ["a score=0.1", "b score=0.9"])
+    outer, inner = await call(), asyncio.get_running_loop().run_until_complete(call())
+    return [response.results[0].index for response in (outer, inner, asyncio.run(call()))]
+
+print(asyncio.run(cell()), asyncio.run(cell()))
+"""
+
+
+def test_a_notebooks_nested_loop(stub: Stub) -> None:
+    """Where nest_asyncio lets a loop run inside a loop, as LlamaIndex has it in notebooks, calls work in both."""
+    done = subprocess.run(  # noqa: S603 - our own interpreter, since nest_asyncio changes asyncio for a whole process
+        [sys.executable, "-c", NESTED, stub.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert (done.stdout, done.stderr) == ("[1, 1, 1] [1, 1, 1]\n", "")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
+def test_no_cookie_is_kept(stub: Stub, kind: str) -> None:
+    """What a gateway sets is not sent back: requests share nothing but the connection."""
+    stub.reply = lambda request: Reply(scored(request).body, headers={"set-cookie": "who=me; Path=/"})
+    entry = Entry(RegoloClient, kind, stub.url.replace("127.0.0.1", "localhost"))  # some jars leave addresses out
+
+    async def twice(client: Any) -> None:
+        for _ in range(2):
+            await aranked(client, DOCUMENTS)
+
+    with entry.opened() as client:
+        if kind == "sync":
+            entry.rank(client, DOCUMENTS)
+            entry.rank(client, DOCUMENTS)
+        else:
+            asyncio.run(twice(client))
+    assert stub.connections == 1
+    assert [request.headers.get("cookie") for request in stub.received] == [None, None]
+
+
+@pytest.mark.parametrize(("calls", "lines"), [(1, 1), (8, 1), (9, 2), (20, 3), (150, 16)])
+def test_a_pool_has_as_many_lines_as_its_calls_need(stub: Stub, calls: int, lines: int) -> None:
+    """Eight requests share a line, and there are sixteen at most; what comes later uses the first again."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+
+    async def together(client: RegoloClient) -> list[int]:
+        await asyncio.gather(*(ranked(client) for _ in range(calls)))
+        (pools,) = client._pools._loops.values()
+        (pool,) = pools.pools.values()
+        opened = len(pool.lines)
+        await ranked(client)
+        return [opened, len(pool.lines), sum(line.users for line in pool.lines)]
+
+    with RegoloClient(KEY, base_url=stub.url) as client:
+        assert asyncio.run(together(client)) == [lines, lines, 0]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
+def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where a reply is refused half-way, its connection is closed at once, and not with the client."""
+    monkeypatch.setattr(calls_module, "MAX_REPLY_BYTES", 1_000)
+
+    async def refused(client: Any) -> int:
+        with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
+            await aranked(client, DOCUMENTS)
+        await asyncio.sleep(0.05)  # for the server to see it
+        return sockets()
+
+    with FaultServer(usual=endless) as server:
+        entry = Entry(RegoloClient, kind, server.url)
+        with entry.opened(max_retries=0) as client:
+            before = sockets()
+            if kind == "sync":
+                with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
+                    entry.rank(client, DOCUMENTS)
+                time.sleep(0.05)
+                assert sockets() <= before
+            else:
+                assert asyncio.run(refused(client)) <= before + 2  # the loop's own pair
+
+
+@pytest.mark.parametrize("transport", ["sync", "httpx", "aiohttp"])
+@pytest.mark.parametrize("host", ["https://127.0.0.1", "https://api.regolo.ai"])
+def test_https_verifies_certificates(host: str, transport: Any) -> None:
+    """Whoever holds the connection, https goes by the shared context, and idle connections are kept for a minute."""
+
+    def told(used: Any) -> tuple[Any, float]:
+        if isinstance(used, AiohttpTransport):
+            connector: Any = used._session.connector
+            return connector._ssl, connector._keepalive_timeout
+        return used._pool._ssl_context, used._pool._keepalive_expiry
+
+    async def opened(client: RegoloClient) -> tuple[Any, float]:
+        async with client._pools.async_pool(client.endpoint(), transport) as line:
+            with line() as taken:
+                return told(taken.client._transport)
+
+    client = RegoloClient(KEY, base_url=host)
+    if transport == "sync":
+        with client._pools.pool(client.endpoint()) as line, line() as taken:
+            context, kept = told(taken.client._transport)
+    else:
+        context, kept = asyncio.run(opened(client))
+    assert context is pools._ssl_context()
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert context.get_ca_certs()
+    assert kept == 60

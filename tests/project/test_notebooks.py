@@ -1,0 +1,99 @@
+import shutil
+import sys
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.font_manager  # noqa: F401 - lists the fonts now, as a kernel may warn when it has to
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from tests.conftest import KEY
+from tests.support.stub import Stub
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS
+
+MAX_PICTURE_BYTES = 60_000
+"""Stored ones stay in the repository's history for good."""
+
+pytestmark = [pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)]
+
+Run = Callable[[Path], NotebookNode]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a notebook in a copy of its folder and a fresh kernel of this interpreter, without settings or network."""
+    write_kernel_spec(tmp_path / "kernels" / "python3")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    def execute(path: Path) -> NotebookNode:
+        if path.stem == "ray_data":
+            pytest.importorskip("ray", reason="tests/external/ray runs it")
+        folder = shutil.copytree(path.parent, tmp_path / "notebooks")
+        return NotebookClient(read(path), resources={"metadata": {"path": str(folder)}}).execute()
+
+    return execute
+
+
+def read(path: Path) -> NotebookNode:
+    """Return a stored notebook."""
+    return nbformat.read(path, as_version=4)  # type: ignore[no-any-return, no-untyped-call]  # nbformat has no types
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the cells that run."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(notebook: NotebookNode) -> list[str]:
+    """Return what each code cell shows, a mark for a picture; a warning, an error or any other output fails."""
+    return ["".join(map(_shown, cell.outputs)) for cell in code_cells(notebook)]
+
+
+def _shown(output: NotebookNode) -> str:
+    if output.output_type == "stream":
+        assert output.name == "stdout", output.text
+        return str(output.text)
+    assert output.output_type in {"display_data", "execute_result"}, output
+    # The plain text beside a picture or a table may hold an address in memory or an id.
+    if "image/png" in output.data:
+        picture = b64decode(output.data["image/png"])
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) <= MAX_PICTURE_BYTES
+        return "<picture>"
+    return str(output.data["text/html"])
+
+
+def test_it_is_stored_as_it_was_run(path: Path) -> None:
+    """A notebook is stored after one run from top to bottom, without times."""
+    notebook = read(path)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert [cell.metadata for cell in notebook.cells if cell.metadata] == []
+
+
+def test_it_runs_without_a_key(run: Run, path: Path) -> None:
+    """Without key and network each cell shows what is stored, to the letter on the Python that stored it."""
+    stored, fresh = read(path), run(path)
+    assert list(map(bool, shown(stored))) == list(map(bool, shown(fresh)))
+    if stored.metadata.language_info.version.split(".")[:2] == [str(part) for part in sys.version_info[:2]]:
+        assert shown(stored) == shown(fresh)
+
+
+def test_it_runs_with_a_key(run: Run, path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key, the same cells send their requests to the API with it, and it shows nowhere."""
+    monkeypatch.setenv("REGOLO_API_KEY", KEY)
+    monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
+    notebook = run(path)
+    assert all(shown(notebook))
+    assert {request.headers.get("authorization") for request in stub.received} == {f"Bearer {KEY}"}
+    assert KEY not in str(notebook)

@@ -1,0 +1,89 @@
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import regolo_rerank
+
+ROOT = Path(__file__).parents[2]
+
+WITHOUT_EXTRAS = """
+import sys
+import regolo_rerank
+assert not {"httpx", "pydantic", "langchain_core", "llama_index"} & sys.modules.keys()
+from regolo_rerank import RegoloClient, InvalidInputError
+client = RegoloClient(base_url="local://", scorer=lambda query, documents: [float(len(text)) for text in documents])
+assert [result.index for result in client.rerank("q", ["a", "bb"]).results] == [1, 0]
+try:
+    RegoloClient(base_url="local://").rerank("q", ["a"])
+except InvalidInputError as error:
+    assert "regolo_rerank[local]" in str(error)
+for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index"), ("plot", "plot")):
+    try:
+        __import__(f"regolo_rerank.{module}")
+    except ImportError as error:
+        assert f'pip install "regolo_rerank[{extra}]"' in str(error), error
+    else:
+        raise AssertionError(module)
+print(regolo_rerank.__version__, regolo_rerank.__file__)
+"""
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Run a command and return what it printed."""
+    done = subprocess.run(  # noqa: S603 - our own commands
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    """Every module and py.typed are in the wheel; tests and notebooks are not."""
+    names = zipfile.ZipFile(wheel).namelist()
+    packaged = {name for name in names if ".dist-info/" not in name}
+    modules = (ROOT / "regolo_rerank").rglob("*.py")
+    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | {"regolo_rerank/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_works_without_extras(wheel: Path, tmp_path: Path) -> None:
+    """In a clean environment the client works, and each adapter says which extra to install."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    printed = run(python, "-I", "-W", "error", "-c", WITHOUT_EXTRAS).split()
+    assert printed[0] == regolo_rerank.__version__
+    assert printed[1].startswith(str(tmp_path))
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    """`import regolo_rerank` loads neither a framework, nor httpx, nor pydantic."""
+    code = "import sys; before = set(sys.modules); import regolo_rerank; print(*sorted(set(sys.modules) - before))"
+    loaded = run(sys.executable, "-I", "-c", code).split()
+    assert not [
+        name for name in loaded if name.partition(".")[0] in {"httpx", "pydantic", "langchain_core", "tenacity"}
+    ]
+    assert [name for name in loaded if name.startswith("regolo_rerank")] == ["regolo_rerank"]
+
+
+def test_public_names_are_loaded_when_they_are_used() -> None:
+    """Every public name can be imported and is listed, and no other is there."""
+    for name in regolo_rerank.__all__:
+        assert getattr(regolo_rerank, name) is not None
+    assert dir(regolo_rerank) == sorted(regolo_rerank.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = regolo_rerank.Nonsense
