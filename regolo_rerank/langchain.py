@@ -20,7 +20,7 @@ from pydantic import SecretStr, model_validator
 
 from regolo_rerank._adapters.base import AdapterOptions, Outcome
 from regolo_rerank._adapters.spans import show_inputs, show_outputs
-from regolo_rerank._core.inputs import checked_documents
+from regolo_rerank._core.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse
 
@@ -179,7 +179,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     def _traced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
-        documents = checked_documents(documents, Document)
+        documents = check_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
             return self._outcome(query, documents, self._contents, _scored).kept
@@ -197,7 +197,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return outcome.kept
 
     async def _atraced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
-        documents = checked_documents(documents, Document)
+        documents = check_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
             return (await self._aoutcome(query, documents, self._contents, _scored)).kept
@@ -228,7 +228,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     def _texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
         return [
             self._text(index, document)
-            for index, document in enumerate(checked_documents(documents, str, Document, dict))
+            for index, document in enumerate(check_documents(documents, str, Document, dict))
         ]
 
     def _text(self, index: int, document: str | Document | dict[str, Any]) -> str:

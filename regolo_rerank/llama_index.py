@@ -19,7 +19,7 @@ from pydantic import model_validator
 
 from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
 from regolo_rerank._adapters.spans import show_report
-from regolo_rerank._core.inputs import checked_documents
+from regolo_rerank._core.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse, Usage
 
@@ -118,7 +118,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         if not isinstance(query_bundle, QueryBundle):
             kind = type(query_bundle).__name__
             raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
-        run = _Run(query_bundle.query_str, checked_documents(nodes, NodeWithScore, name="nodes"))
+        run = _Run(query_bundle.query_str, check_documents(nodes, NodeWithScore, name="nodes"))
         top_n = len(run.nodes) if self.top_n is None else self.top_n
         _dispatcher.event(
             ReRankStartEvent(query=query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model),

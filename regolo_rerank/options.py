@@ -38,13 +38,13 @@ __all__ = ["API_KEY_VARIABLE", "Options"]
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
 
 
-def _checked_base_url(base_url: str) -> str:
+def _check_base_url(base_url: str) -> str:
     base_url = base_url.strip()
     read_base_url(base_url)
     return base_url
 
 
-def _secret(text: str) -> SecretStr:
+def _read_secret(text: str) -> SecretStr:
     text = text.strip()
     for position, character in enumerate(text):
         if not "!" <= character <= "~":
@@ -54,43 +54,43 @@ def _secret(text: str) -> SecretStr:
     return SecretStr(text)
 
 
-def _checked_key(value: object) -> SecretStr | None:
+def _check_key(value: object) -> SecretStr | None:
     if value is None:
         return None
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
-    return _secret(value)
+    return _read_secret(value)
 
 
-def _environment_key() -> SecretStr:
+def _read_environment_key() -> SecretStr:
     try:
-        return _secret(os.environ.get(API_KEY_VARIABLE, ""))
+        return _read_secret(os.environ.get(API_KEY_VARIABLE, ""))
     except ValueError as error:
         problem = f"{API_KEY_VARIABLE}: {error}"
     raise InvalidInputError(problem)
 
 
-def _dumped_key(key: SecretStr | None) -> str | None:
+def _dump_key(key: SecretStr | None) -> str | None:
     # "" is no secret but a decision: send none, whatever the environment has.
     return "" if key is not None and not key.get_secret_value() else None
 
 
-def _checked_cache(cache: object) -> object:
+def _check_cache(cache: object) -> object:
     writable = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
     if cache is not None and (isinstance(cache, type) or not writable):
         raise ValueError("must be a mapping that can be written, such as a dict")
     return cache
 
 
-def _checked_text(text: str) -> str:
+def _check_text(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
     return text
 
 
-def _checked_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
+def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
@@ -105,7 +105,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
 
 
-def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
+def _check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
     for name, value in headers.items():
         if name.lower() in {"authorization", "proxy-authorization"}:
             raise ValueError(f"must not hold {name}; a key goes into api_key")
@@ -117,7 +117,7 @@ def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
 """Eleven days at most: the clocks of sockets and threads end somewhere."""
-Text = Annotated[str, Field(strict=True), AfterValidator(_checked_text)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_check_text)]
 
 
 class Options(BaseModel):
@@ -141,12 +141,12 @@ class Options(BaseModel):
 
     api_key: Annotated[
         SecretStr | str | None,
-        BeforeValidator(_checked_key),
-        PlainSerializer(_dumped_key, return_type=str | None),
+        BeforeValidator(_check_key),
+        PlainSerializer(_dump_key, return_type=str | None),
     ] = Field(default=None, kw_only=False)
     """API key; None takes the environment's `REGOLO_API_KEY` at each call, "" sends none."""
 
-    base_url: Annotated[str, AfterValidator(_checked_base_url)] | None = None
+    base_url: Annotated[str, AfterValidator(_check_base_url)] | None = None
     """Server, with or without `/v1` and `/rerank`; None takes `REGOLO_BASE_URL`, else `https://api.regolo.ai`.
     `local://` is the embedded endpoint: no key, no network."""
 
@@ -195,22 +195,16 @@ class Options(BaseModel):
     max_document_chars: Count | None = None
     """Characters of a document that are scored at most; the caller's document comes back whole."""
 
-    async_transport: Literal["httpx", "aiohttp"] = "httpx"
-    """What async calls go over. "aiohttp" carries tens of requests at once with half of the work, and needs the extra
-    `[aiohttp]`."""
-
-    default_headers: Annotated[dict[str, str], AfterValidator(_checked_headers)] | None = Field(
-        default=None, repr=False
-    )
+    default_headers: Annotated[dict[str, str], AfterValidator(_check_headers)] | None = Field(default=None, repr=False)
     """Further HTTP headers, such as a gateway's tags; never the key."""
 
-    extra_body: Annotated[dict[str, Any], AfterValidator(_checked_extra_body)] | None = None
+    extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = None
     """Further JSON fields of the request."""
 
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_checked_cache)]] = Field(
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
     """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
@@ -231,7 +225,7 @@ class Options(BaseModel):
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
-                problem = _explained(error, type(self))
+                problem = _explain(error, type(self))
             else:
                 return
             # A mistyped `apikey=` must not show in a traceback with locals.
@@ -242,7 +236,7 @@ class Options(BaseModel):
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                problem = _explained(error, type(self))
+                problem = _explain(error, type(self))
             else:
                 return
             del value
@@ -259,10 +253,7 @@ class Options(BaseModel):
             pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
         """
         copied = super().model_copy(deep=deep)
-        # Private attributes, such as connections, start anew.
-        copied.__pydantic_private__ = None
-        copied.model_post_init(None)
-        problem = _assigned(copied, update or {})
+        problem = _assign(copied, update or {})
         if problem is None:
             return copied
         del update
@@ -281,8 +272,8 @@ class Options(BaseModel):
             if name in self.model_fields_set and (name == "scorer" or not field.exclude)
         }
         if "api_key" in kept:
-            kept["api_key"] = _dumped_key(kept["api_key"])
-        return _rebuilt, (type(self), kept)
+            kept["api_key"] = _dump_key(kept["api_key"])
+        return _rebuild, (type(self), kept)
 
     def for_call(self, **arguments: Any) -> Self:
         """Return these options as they are now, with the arguments of one call in their place.
@@ -298,7 +289,7 @@ class Options(BaseModel):
         if self.extra_body is not None:
             # A dict can be changed in place, past every check, and while the call is under way.
             changes["extra_body"] = deepcopy(changes.get("extra_body", self.extra_body))
-        problem = _assigned(settings, changes)
+        problem = _assign(settings, changes)
         if problem is None:
             return settings
         raise InvalidInputError(
@@ -339,7 +330,7 @@ class Options(BaseModel):
         """
         if endpoint.embedded:
             return None
-        key = self.api_key if isinstance(self.api_key, SecretStr) else _environment_key()
+        key = self.api_key if isinstance(self.api_key, SecretStr) else _read_environment_key()
         if not key.get_secret_value():
             if endpoint.demands_key:
                 raise MissingAPIKeyError(
@@ -367,11 +358,11 @@ class Options(BaseModel):
         return PRESETS[self.prompt_format]
 
 
-def _rebuilt(cls: type[Options], fields: dict[str, Any]) -> Options:
+def _rebuild(cls: type[Options], fields: dict[str, Any]) -> Options:
     return cls(**fields)
 
 
-def _assigned(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
+def _assign(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
     """Set options, each of them checked; return what was wrong, without the frames that hold the values."""
     try:
         for name, value in values.items():
@@ -381,13 +372,13 @@ def _assigned(options: Options, values: Mapping[str, Any]) -> ValidationError | 
     return None
 
 
-def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
+def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     """Return the same error with the type of each refused value in words, and the value itself left out."""
     lines = []
     for line in error.errors(include_url=False, include_context=False):
         reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
         if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
-            reason = _unknown(cls, str(loc[0]))
+            reason = _describe_unknown(cls, str(loc[0]))
         elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
             reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
         # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
@@ -402,6 +393,6 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 
-def _unknown(cls: type[BaseModel], name: str) -> str:
+def _describe_unknown(cls: type[BaseModel], name: str) -> str:
     close = difflib.get_close_matches(name, cls.model_fields, n=1)
     return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"

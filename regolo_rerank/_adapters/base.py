@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._core.retry import is_passing
+from regolo_rerank._core.retry import is_retryable
 from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
 from regolo_rerank.results import RerankResponse
@@ -99,7 +99,7 @@ class AdapterOptions(Reranker):
 
     def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
-        if self.on_error == "raise" or not is_passing(error):
+        if self.on_error == "raise" or not is_retryable(error):
             raise error
         kept = candidates[: self.top_n]
         report = report_of_failure(error, fallback=True)

@@ -15,7 +15,7 @@ import httpx
 from pydantic import ValidationError
 
 from regolo_rerank._wire.endpoint import Scorer
-from regolo_rerank._wire.messages import Request, encoded
+from regolo_rerank._wire.messages import Request, encode
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = ["SCORER_EXTENSION", "EmbeddedTransport", "answer", "lexical_scores"]
@@ -64,14 +64,14 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
         request = Request.model_validate_json(body)
     except ValidationError as error:
         detail = [{"loc": ["body", *line["loc"]], "msg": line["msg"]} for line in error.errors()]
-        return 422, encoded({"detail": detail})
+        return 422, encode({"detail": detail})
     scores = _scores(scorer or lexical_scores, request.query, request.documents)
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": request.documents[index]}}
         for index in best
     ]
-    return 200, encoded({"id": f"local-{uuid.uuid4().hex[:16]}", "results": results, "meta": None})
+    return 200, encode({"id": f"local-{uuid.uuid4().hex[:16]}", "results": results, "meta": None})
 
 
 def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]:

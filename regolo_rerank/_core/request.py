@@ -1,0 +1,117 @@
+"""What happens to one batch, written once: a generator that never waits and never does I/O.
+
+It yields what is to be done next, a request to send or a time to sleep, and is given the reply, or the exception that
+came in its place, as `httpx.Auth.auth_flow` is. `threads` and `tasks` do what it says.
+"""
+
+import logging
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+
+from regolo_rerank._core.call import Event
+from regolo_rerank._core.config import RequestConfig
+from regolo_rerank._core.queue import Job, WorkQueue
+from regolo_rerank._core.retry import is_over_parallel_limit
+from regolo_rerank._wire.messages import mask
+from regolo_rerank.errors import APIConnectionError, APITimeoutError, RateLimitError, RegoloError
+
+__all__ = ["Flow", "Reply", "Sleep", "rank_batch"]
+
+_log = logging.getLogger("regolo_rerank")
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait for some seconds, or until the call is done."""
+
+    seconds: float
+
+
+class Reply(NamedTuple):
+    """A complete reply: its status and headers, and its body as it was before it was compressed."""
+
+    response: httpx.Response
+    body: bytearray
+
+
+Flow = Generator[httpx.Request | Sleep, Any, None]
+"""A request is answered by its `Reply`, a `Sleep` by None."""
+
+
+def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
+    """Send a batch until its reply is accepted, its call is done, or the queue has taken it back.
+
+    Args:
+        job: The batch.
+        queue: Where it comes from.
+
+    Raises:
+        RegoloError: The batch cannot be ranked; the last failure.
+    """
+    call, hold, retry = job.call, job.call.config.hold, job.retry
+    retry.start()
+    if pause := queue.pause():
+        yield Sleep(pause)
+    while not call.done.is_set():
+        if held := hold.seconds_left():
+            if not retry.allows(held):
+                raise hold.refusal()
+            yield Sleep(held)
+            continue
+        retry.sent += 1
+        sent_at = time.monotonic()
+        try:
+            reply: Reply = yield call.config.request(call.plan.encode(job.batch))
+            call.accept(job.batch, *reply, retry.sent)
+        except Exception as error:
+            failure = translate_error(error, call.config)
+        else:
+            hold.request_seconds = time.monotonic() - sent_at
+            queue.note_answer()
+            return
+        told = f"{type(failure).__name__}: {failure}"
+        if is_over_parallel_limit(failure) and queue.put_back(job, sent_at):
+            _log.warning("attempt %d failed, next when there is room: %s", retry.sent, told)
+            return
+        delay = retry.delay_after(failure, hold)
+        if delay is None:
+            _log.debug("attempt %d at %d documents failed: %s", retry.sent, len(job.batch), told)
+            raise failure
+        if isinstance(failure, RateLimitError) and not is_over_parallel_limit(failure):
+            hold.extend(delay, failure)
+        _log.warning("attempt %d failed, next in %.2f s: %s", retry.sent, delay, told)
+        yield Sleep(delay)
+
+
+def translate_error(error: Exception, config: RequestConfig) -> RegoloError:
+    """Return this package's error for what went wrong with a request.
+
+    Raises:
+        Exception: The error itself, where it is none of httpx: a mistake in a hook of the caller's client, say.
+    """
+    if isinstance(error, RegoloError):
+        return error.with_traceback(None)
+    host, words = config.endpoint.url.netloc.decode(), mask(str(error), config.key)
+    failure: RegoloError
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
+        failure = APITimeoutError(f"no complete reply from {host} within the timeout ({type(error).__name__})")
+    elif isinstance(error, httpx.HTTPError | httpx.StreamError | httpx.InvalidURL | OSError):
+        failure = APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
+    elif isinstance(error, RuntimeError):
+        failure = APIConnectionError(
+            f"the http client cannot be used: {words} An httpx client that was passed must be open, and an async one "
+            f"belongs to the event loop that it was first used in"
+        )
+    else:
+        raise error
+    # What is left of the cause is safe to log: its frames, its request and what it comes from hold the key.
+    error.args = (words,)
+    if isinstance(error, httpx.HTTPError):
+        error.request = httpx.Request("POST", config.endpoint.url)
+    error.__cause__ = error.__context__ = None
+    failure.__cause__ = error.with_traceback(None)
+    return failure
