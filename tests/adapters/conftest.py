@@ -108,5 +108,5 @@ def exporter() -> Iterator[InMemorySpanExporter]:
     yield kept
     for instrumentor in instrumentors:
         instrumentor.uninstrument()
-    del instrumentors[1]._span_handler  # its thread ends with it
+    del instrumentors[1]._span_handler  # noqa: SLF001 - whose thread nothing else ends
     provider.shutdown()

@@ -6,6 +6,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
 from regolo_rerank import AuthenticationError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from tests.support.inside import break_run_outputs
 from tests.support.stub import Stub, error
 from tests.support.traces import (
     DOWN,
@@ -76,11 +77,7 @@ def test_nothing_is_written_down_where_nobody_listens(
     way: Way, langchain: LangChainRerank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a handler, a call does not even put together what it would tell one."""
-
-    def fail(*_: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("regolo_rerank.langchain._outputs", fail)
+    break_run_outputs(AssertionError(), monkeypatch)
     assert len(way(langchain)) == 2
     with pytest.raises(AssertionError):
         way(langchain, Handler())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from regolo_rerank._cli.main import main
 from regolo_rerank._core import backoff, calls
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._transports import pools
@@ -18,15 +19,20 @@ __all__ = [
     "allow_replies_of",
     "answer",
     "back_off_for",
+    "break_run_outputs",
+    "close_pool_of",
     "connections_of",
     "forget_certificates",
     "forget_refusals_after",
     "http_settings_of",
+    "limit_pictures_to",
     "loops_of",
+    "main",
     "pools_of",
     "private_state_of",
     "refusal_of",
     "workers",
+    "write_labels",
 ]
 
 
@@ -87,6 +93,13 @@ def http_settings_of(reranker: Reranker, mode: str) -> tuple[Any, float]:
         return told(taken.client)
 
 
+def write_labels(axes: Any, texts: list[str], size: float) -> None:
+    """Write texts beside the y axis of Matplotlib's axes as a picture of a ranking does, in letters of a size."""
+    from regolo_rerank import plot
+
+    plot._label(axes, texts, size)
+
+
 # --- what a test changes ----------------------------------------------------------------------------------------------
 
 
@@ -110,3 +123,17 @@ def forget_refusals_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> No
 def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next client load the certificates that the environment names, and not use those of an earlier one."""
     monkeypatch.setattr(pools, "_ssl_context", pools._ssl_context.__wrapped__)
+
+
+def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no picture of a ranking taller than that."""
+    monkeypatch.setattr("regolo_rerank.plot._TALLEST", inches)
+
+
+def break_run_outputs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail wherever it is put together what LangChain's handlers are told of a rerank that went well."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("regolo_rerank.langchain._outputs", fail)
