@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
-from tenacity import wait_none
 
 from regolo_rerank import RegoloClient, RerankResponse
-from regolo_rerank._core import backoff
+from tests.support.inside import back_off_for
 from tests.support.stub import Stub
 
 KEY = "sk-canary-4f1d"
@@ -37,9 +36,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_backoff(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once, except where the server names a wait, or a test asks for `real_backoff`."""
     if "real_backoff" not in request.keywords:
-        monkeypatch.setattr(backoff, "_BACKOFF", wait_none())
-        monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", wait_none())
-        monkeypatch.setattr(backoff, "_SPREAD", 0.0)
+        back_off_for(0.0, monkeypatch)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
 from tests.support.entries import KINDS, Entry, documents_of, nodes_of
+from tests.support.inside import private_state_of, refusal_of
 from tests.support.stub import Reply, Stub
 
 CANARY = "canary"
@@ -61,7 +62,7 @@ def test_the_key_is_nowhere_but_in_its_secret(kind: Any, mode: str, stub: Stub) 
         entry.rank(reranker, TEXTS)
         assert stub.received[0].headers["authorization"] == f"Bearer {KEY}"
         assert holders(vars(reranker)) == []
-        assert holders(reranker.__pydantic_private__) == []
+        assert holders(private_state_of(reranker)) == []
         stub.always(QUOTING)
         with pytest.raises(Exception, match=r"key \*\*\* has a problem") as caught:
             entry.rank(reranker, TEXTS)
@@ -70,8 +71,8 @@ def test_the_key_is_nowhere_but_in_its_secret(kind: Any, mode: str, stub: Stub) 
         stub.always(Reply(QUOTING.body, 429, {"retry-after-ms": "50"}))
         with pytest.raises(RateLimitError):
             entry.rank(reranker, TEXTS)
-        assert reranker._pools.gate._refusal is not None
-        assert holders(reranker.__pydantic_private__) == []
+        assert refusal_of(reranker) is not None
+        assert holders(private_state_of(reranker)) == []
         assert CANARY not in f"{reranker} {reranker!r} {caught.value} {caught.value!r}"
 
 

@@ -48,6 +48,7 @@ from tests.support.entries import (
     pairs_of_documents,
     ranked,
 )
+from tests.support.inside import connections_of
 from tests.support.stub import Received, Reply, Stub, error, results, score, scored, together
 
 TEXTS = ["a score=0.2", "b score=0.9", "c score=0.5"]
@@ -299,7 +300,7 @@ def test_no_form_of_an_object_shows_the_key(entry: Entry) -> None:
                 vars(reranker),
                 dumps(reranker),
             ]
-            forms += [reranker.model_dump(mode="json"), reranker.model_dump_json(), vars(reranker._pools)]
+            forms += [reranker.model_dump(mode="json"), reranker.model_dump_json(), vars(connections_of(reranker))]
             forms += [pickle.dumps(reranker, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
             if isinstance(reranker, LlamaIndexRerank):
                 forms += [reranker.to_dict(), reranker.to_json()]

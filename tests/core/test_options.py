@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from regolo_rerank import InvalidInputError, PromptFormat, RegoloClient, RegoloError
 from tests.conftest import KEY, Rank
+from tests.support.inside import connections_of
 from tests.support.stub import Stub
 
 
@@ -121,7 +122,7 @@ def test_a_copy_has_its_own_options_key_and_connections(
         f"Bearer {KEY}",
     ]
     assert client.top_n is None
-    assert copied._pools is not client._pools
+    assert connections_of(copied) is not connections_of(client)
     copied.close()
 
 

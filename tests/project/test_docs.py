@@ -11,10 +11,9 @@ import pytest
 from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
-from regolo_rerank._cli.main import main
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
-from regolo_rerank.options import API_KEY_VARIABLE, Options
+from regolo_rerank.options import Options
 from tests.support.corpus import TEXTS, Everything, index
+from tests.support.inside import main
 from tests.support.public import CLASSES, fields_of, methods_of, parameters_of
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +33,7 @@ def test_every_example_runs(
     """Each Python block runs as it stands, ranks what it says, and prints what the comments behind its prints say."""
     if "docs/ray.md" in request.node.name:
         pytest.importorskip("ray", reason="tests/external/ray runs it")
-    monkeypatch.setenv(BASE_URL_VARIABLE, "local://")
+    monkeypatch.setenv("REGOLO_BASE_URL", "local://")
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
     names: dict[str, Any] = {"my_retriever": Everything(), "index": index()}
     exec(compile(code, "example.py", "exec"), names)  # noqa: S102 - our own text
@@ -113,7 +112,7 @@ def test_our_side_of_the_migration_tables_exists() -> None:
     rows = re.findall(r"^\| .* \| (.*) \|$", PAGES["docs/migration.md"], re.MULTILINE)
     codes = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
     named = {name for code in codes for name in re.findall(r"^\w+|(?<=rerank\()\w+", code)} - {"regolo_rerank"}
-    known = {API_KEY_VARIABLE, BASE_URL_VARIABLE, "None"}
+    known = {"REGOLO_API_KEY", "REGOLO_BASE_URL", "None"}
     for cls in CLASSES:
         known.update({cls.__name__}, fields_of(cls), methods_of(cls), *map(parameters_of, methods_of(cls).values()))
     assert len(named) > 20

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
-from regolo_rerank._transports.local import answer
+from tests.support.inside import answer
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def score(text: str) -> float:
     if "score=" in text:
         return float(text.rpartition("score=")[2].split()[0])
     return sum(text.encode("utf-8", "replace")) % 997 / 997
+
+
+def texts(count: int) -> list[str]:
+    """Return distinct documents, the later ones better."""
+    return [f"document {index} score={index / count}" for index in range(count)]
 
 
 def scored(request: Received) -> Reply:

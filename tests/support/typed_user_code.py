@@ -114,7 +114,6 @@ def with_options() -> RegoloClient:
     assert_type(client.allow_http, bool)
     assert_type(client.cache, MutableMapping[str, float] | None)
     client.cache = {}
-    assert_type(client.async_transport, Literal["httpx", "aiohttp"])
     assert_type(client.http_client, httpx.Client | None)
     assert_type(client.async_http_client, httpx.AsyncClient | None)
     assert_type(client.model_copy(update={"top_n": 1}), RegoloClient)

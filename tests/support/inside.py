@@ -1,0 +1,139 @@
+"""The only place where tests look inside the package: when its inside changes, this file changes, and no other.
+
+Unit tests whose subject is a module of the inside import that module by themselves.
+"""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from regolo_rerank._cli.main import main
+from regolo_rerank._core import backoff, calls
+from regolo_rerank._core.reranker import Reranker
+from regolo_rerank._transports import pools
+from regolo_rerank._transports.local import answer
+
+__all__ = [
+    "allow_replies_of",
+    "answer",
+    "back_off_for",
+    "break_run_outputs",
+    "close_pool_of",
+    "connections_of",
+    "forget_certificates",
+    "forget_refusals_after",
+    "http_settings_of",
+    "limit_pictures_to",
+    "loops_of",
+    "main",
+    "pools_of",
+    "private_state_of",
+    "refusal_of",
+    "workers",
+    "write_labels",
+]
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def workers() -> list[threading.Thread]:
+    """Return the threads of ours that are alive; sync calls of several requests start them."""
+    return [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"]
+
+
+def private_state_of(reranker: Reranker) -> object:
+    """Return all that a client or an adapter holds besides its options: its connections, and what they know."""
+    return reranker.__pydantic_private__
+
+
+def connections_of(reranker: Reranker) -> object:
+    """Return what holds the connections, the same object for as long as the client or adapter lives."""
+    return reranker._pools
+
+
+def loops_of(reranker: Reranker) -> list[asyncio.AbstractEventLoop]:
+    """Return the event loops in which connections are held."""
+    return list(reranker._pools._loops)
+
+
+def pools_of(reranker: Reranker) -> int:
+    """Return how many pools of connections are held: one for sync calls, and one for each event loop."""
+    return len(reranker._pools._loops) + len(reranker._pools._pools)
+
+
+async def close_pool_of(reranker: Reranker, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the connections of an event loop, and leave them where they are held."""
+    for pool in reranker._pools._loops[loop].pools.values():
+        for line in pool.lines:
+            await line.client.aclose()
+
+
+def refusal_of(reranker: Reranker) -> Exception | None:
+    """Return the 429 that held back all requests of a client or an adapter last."""
+    return reranker._pools.gate._refusal
+
+
+def http_settings_of(reranker: Reranker, mode: str) -> tuple[Any, float]:
+    """Return the SSL context and the seconds that an idle connection is kept, of a reranker's sync or async calls."""
+
+    def told(client: Any) -> tuple[Any, float]:
+        return client._transport._pool._ssl_context, client._transport._pool._keepalive_expiry
+
+    async def atold() -> tuple[Any, float]:
+        async with reranker._pools.async_pool(reranker.endpoint(), "httpx") as line:
+            with line() as taken:
+                return told(taken.client)
+
+    if mode == "async":
+        return asyncio.run(atold())
+    with reranker._pools.pool(reranker.endpoint()) as line, line() as taken:
+        return told(taken.client)
+
+
+def write_labels(axes: Any, texts: list[str], size: float) -> None:
+    """Write texts beside the y axis of Matplotlib's axes as a picture of a ranking does, in letters of a size."""
+    from regolo_rerank import plot
+
+    plot._label(axes, texts, size)
+
+
+# --- what a test changes ----------------------------------------------------------------------------------------------
+
+
+def back_off_for(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each retry for which the server names no wait follow after so many seconds, and any other just in time."""
+    monkeypatch.setattr(backoff, "_BACKOFF", lambda _: seconds)
+    monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", lambda _: seconds)
+    monkeypatch.setattr(backoff, "_SPREAD", 0.0)
+
+
+def allow_replies_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse replies of more bytes than that."""
+    monkeypatch.setattr(calls, "MAX_REPLY_BYTES", size)
+
+
+def forget_refusals_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a call try so many seconds after a refusal for too many parallel requests whether the limit still holds."""
+    monkeypatch.setattr(calls, "_FORGETS_AFTER", seconds)
+
+
+def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next client load the certificates that the environment names, and not use those of an earlier one."""
+    monkeypatch.setattr(pools, "_ssl_context", pools._ssl_context.__wrapped__)
+
+
+def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no picture of a ranking taller than that."""
+    monkeypatch.setattr("regolo_rerank.plot._TALLEST", inches)
+
+
+def break_run_outputs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail wherever it is put together what LangChain's handlers are told of a rerank that went well."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("regolo_rerank.langchain._outputs", fail)
