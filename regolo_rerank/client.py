@@ -268,24 +268,37 @@ def _count(pairs: object) -> int | None:
     return len(pairs) if isinstance(pairs, Sized) else None
 
 
-def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | RegoloError]:
+class _SourceError(Exception):
+    """What reading the pairs has raised; it comes after the pairs that were read."""
+
+
+Opened = Call[Event] | InvalidInputError | _SourceError
+
+
+def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Opened[threading.Event]]:
     """Give the call for each pair, or what is wrong with the pair."""
-    for index, pair in enumerate(pairs):
-        yield _open_call(config, index, pair, threading.Event())
+    try:
+        for index, pair in enumerate(pairs):
+            yield _open_call(config, index, pair, threading.Event())
+    except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
+        yield _SourceError(error)
 
 
 async def _aopen_calls(
     config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
-) -> AsyncGenerator[Call[asyncio.Event] | RegoloError]:
+) -> AsyncGenerator[Opened[asyncio.Event]]:
     """Do the same for an async iterable too."""
     index = 0
-    async with aclosing(_iterate(pairs)) as given:
-        async for pair in given:
-            yield _open_call(config, index, pair, asyncio.Event())
-            index += 1
+    try:
+        async with aclosing(_iterate(pairs)) as given:
+            async for pair in given:
+                yield _open_call(config, index, pair, asyncio.Event())
+                index += 1
+    except Exception as error:  # noqa: BLE001 - the same
+        yield _SourceError(error)
 
 
-def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | RegoloError:
+def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | InvalidInputError:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {type(pair).__name__}")
     try:
@@ -303,10 +316,12 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _unwrap(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> RerankResponse | RegoloError:
+def _unwrap(call: Opened[Event], *, return_exceptions: bool) -> RerankResponse | RegoloError:
     """Return what a call has come to; an error is raised, or returned where the caller wants that."""
+    if isinstance(call, _SourceError):
+        raise call.args[0]
     try:
-        if isinstance(call, RegoloError):
+        if isinstance(call, InvalidInputError):
             raise call
         call.close()
         return call.result()

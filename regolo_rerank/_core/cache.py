@@ -13,8 +13,9 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 from regolo_rerank.errors import RerankCacheWarning
 
@@ -23,18 +24,20 @@ __all__ = ["ScoreCache", "name_scorer"]
 _log = logging.getLogger("regolo_rerank")
 
 _lock = threading.RLock()
-_scorer_names: Final[WeakKeyDictionary[Callable[..., Any], str]] = WeakKeyDictionary()
+_scorer_names: Final[dict[int, str]] = {}
 
 
 def name_scorer(scorer: Callable[..., Any] | None) -> str:
     """Return a name for a scorer that no other has: two functions of one name may score differently."""
     if scorer is None:
         return ""
-    name = uuid.uuid4().hex
-    try:
-        return _scorer_names.setdefault(scorer, name)
-    except TypeError:  # it has no hash or takes no weak reference, so it cannot be recognised
-        return name
+    name = _scorer_names.get(id(scorer))
+    if name is None:
+        name = uuid.uuid4().hex
+        with suppress(TypeError):  # it takes no weak reference, so it cannot be recognised
+            finalize(scorer, _scorer_names.pop, id(scorer), None)
+            _scorer_names[id(scorer)] = name
+    return name
 
 
 class ScoreCache:

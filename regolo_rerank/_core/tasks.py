@@ -15,7 +15,7 @@ from regolo_rerank._core.request import Reply, Sleep, rank_batch
 
 __all__ = ["FinishInOrder", "finish"]
 
-T = TypeVar("T", bound=BaseException)
+T = TypeVar("T", bound=Exception)
 
 
 async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
@@ -36,7 +36,7 @@ class FinishInOrder(Generic[T]):
     would close it beside the one that goes through it.
 
     Args:
-        calls: The calls. What reading them raises comes after those that were read.
+        calls: The calls.
         max_workers: Requests in flight at most, over all calls.
         client: Sends them.
     """

@@ -17,7 +17,7 @@ from regolo_rerank.errors import APIConnectionError
 
 __all__ = ["FinishInOrder", "finish"]
 
-T = TypeVar("T", bound=BaseException)
+T = TypeVar("T", bound=Exception)
 
 
 def finish(call: Call[threading.Event], client: httpx.Client) -> None:
@@ -31,7 +31,7 @@ class FinishInOrder(Generic[T]):
     """Gives calls in their order, each when it is done; what could not become a call is passed through.
 
     Args:
-        calls: The calls, read in the caller's thread. What reading them raises comes after those that were read.
+        calls: The calls, read in the caller's thread.
         max_workers: Requests in flight at most, over all calls.
         client: Sends them.
     """
@@ -41,19 +41,18 @@ class FinishInOrder(Generic[T]):
         self._queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
         self._threads = _Threads(self._queue, client)
         self._pending: deque[Call[threading.Event] | T] = deque()
-        self._end: Exception | None = None
+        self._has_more = True
 
     def _read(self) -> None:
-        while self._end is None and self._wants_more():
-            try:
-                call = next(self._calls)
-            except Exception as error:  # noqa: BLE001 - StopIteration, or whatever the caller's iterable raises
-                self._end = error
-            else:
-                self._pending.append(call)
-                if isinstance(call, Call):
-                    self._queue.put(call)
-                    self._threads.start()
+        while self._has_more and self._wants_more():
+            call = next(self._calls, None)
+            if call is None:
+                self._has_more = False
+                return
+            self._pending.append(call)
+            if isinstance(call, Call):
+                self._queue.put(call)
+                self._threads.start()
 
     def _wants_more(self) -> bool:
         # Enough calls keep every worker busy; but nobody waits for a slow source while the next ranking is there.
@@ -66,7 +65,7 @@ class FinishInOrder(Generic[T]):
     def __next__(self) -> Call[threading.Event] | T:
         self._read()
         if not self._pending:
-            raise self._end or StopIteration
+            raise StopIteration
         if isinstance(first := self._pending[0], Call):
             self._threads.wait_for(first)
         return self._pending.popleft()
@@ -78,7 +77,7 @@ class FinishInOrder(Generic[T]):
                 call.close()
 
 
-def _is_done(call: Call[threading.Event] | BaseException) -> bool:
+def _is_done(call: Call[threading.Event] | Exception) -> bool:
     return not isinstance(call, Call) or call.done.is_set()
 
 

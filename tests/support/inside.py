@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from regolo_rerank._cli.main import main
-from regolo_rerank._core import backoff, calls
+from regolo_rerank._core import body, queue, retry
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._transports import pools
+from regolo_rerank._transports import clients
 from regolo_rerank._transports.local import answer
 
 __all__ = [
@@ -51,46 +51,42 @@ def private_state_of(reranker: Reranker) -> object:
 
 def connections_of(reranker: Reranker) -> object:
     """Return what holds the connections, the same object for as long as the client or adapter lives."""
-    return reranker._pools
+    return reranker._clients
 
 
 def loops_of(reranker: Reranker) -> list[asyncio.AbstractEventLoop]:
     """Return the event loops in which connections are held."""
-    return list(reranker._pools._loops)
+    return list(reranker._clients._loops)
 
 
 def pools_of(reranker: Reranker) -> int:
-    """Return how many pools of connections are held: one for sync calls, and one for each event loop."""
-    return len(reranker._pools._loops) + len(reranker._pools._pools)
+    """Return how many httpx clients are held: one for sync calls, and one for each event loop."""
+    return len(reranker._clients._loops) + len(reranker._clients._clients)
 
 
 async def close_pool_of(reranker: Reranker, loop: asyncio.AbstractEventLoop) -> None:
     """Close the connections of an event loop, and leave them where they are held."""
-    for pool in reranker._pools._loops[loop].pools.values():
-        for line in pool.lines:
-            await line.client.aclose()
+    for client in reranker._clients._loops[loop].values():
+        await client._client.aclose()
 
 
-def refusal_of(reranker: Reranker) -> Exception | None:
+def refusal_of(reranker: Reranker) -> Exception:
     """Return the 429 that held back all requests of a client or an adapter last."""
-    return reranker._pools.gate._refusal
+    return reranker._hold._refusal
 
 
 def http_settings_of(reranker: Reranker, mode: str) -> tuple[Any, float]:
     """Return the SSL context and the seconds that an idle connection is kept, of a reranker's sync or async calls."""
 
-    def told(client: Any) -> tuple[Any, float]:
-        return client._transport._pool._ssl_context, client._transport._pool._keepalive_expiry
+    def read(client: Any) -> tuple[Any, float]:
+        pool = client._transport._idle[0][1]._pool
+        return pool._ssl_context, pool._keepalive_expiry
 
-    async def atold() -> tuple[Any, float]:
-        async with reranker._pools.async_pool(reranker.endpoint(), "httpx") as line:
-            with line() as taken:
-                return told(taken.client)
+    async def aread() -> tuple[Any, float]:
+        async with reranker._clients.loop_client(reranker.endpoint()) as client:
+            return read(client)
 
-    if mode == "async":
-        return asyncio.run(atold())
-    with reranker._pools.pool(reranker.endpoint()) as line, line() as taken:
-        return told(taken.client)
+    return asyncio.run(aread()) if mode == "async" else read(reranker._clients.client(reranker.endpoint()))
 
 
 def write_labels(axes: Any, texts: list[str], size: float) -> None:
@@ -105,24 +101,24 @@ def write_labels(axes: Any, texts: list[str], size: float) -> None:
 
 def back_off_for(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each retry for which the server names no wait follow after so many seconds, and any other just in time."""
-    monkeypatch.setattr(backoff, "_BACKOFF", lambda _: seconds)
-    monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", lambda _: seconds)
-    monkeypatch.setattr(backoff, "_SPREAD", 0.0)
+    monkeypatch.setattr(retry, "backoff", lambda _: seconds)
+    monkeypatch.setattr(retry, "window_backoff", lambda _: seconds)
+    monkeypatch.setattr(retry, "SPREAD", 0.0)
 
 
 def allow_replies_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse replies of more bytes than that."""
-    monkeypatch.setattr(calls, "MAX_REPLY_BYTES", size)
+    monkeypatch.setattr(body, "MAX_REPLY_BYTES", size)
 
 
 def forget_refusals_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a call try so many seconds after a refusal for too many parallel requests whether the limit still holds."""
-    monkeypatch.setattr(calls, "_FORGETS_AFTER", seconds)
+    monkeypatch.setattr(queue, "_MEMORY", seconds)
 
 
 def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next client load the certificates that the environment names, and not use those of an earlier one."""
-    monkeypatch.setattr(pools, "_ssl_context", pools._ssl_context.__wrapped__)
+    monkeypatch.setattr(clients, "_ssl_context", clients._ssl_context.__wrapped__)
 
 
 def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from regolo_rerank import APIResponseError, PromptFormat
-from regolo_rerank._core.ranking import Plan
+from regolo_rerank._core.batching import Plan
 from regolo_rerank._wire.messages import Reply, Request
 from regolo_rerank.options import Options
 from tests.support.stub import pairs, results, score
@@ -28,16 +28,16 @@ def answered(plan: Plan, rng: random.Random) -> list[tuple[int, float]]:
     """Give a plan's requests the replies that a service may give, in any order."""
     sent = []
     for batch in rng.sample(plan.batches, len(plan.batches)):
-        request = Request.model_validate_json(plan.request(batch))
+        request = Request.model_validate_json(plan.encode(batch))
         sent += request.documents
         ranked = sorted(((score(text), index) for index, text in enumerate(request.documents)), reverse=True)
         if rng.random() < 0.5:
             ranked = ranked[: request.top_n]
         rng.shuffle(ranked)
         reply = Reply.model_validate(results(*((index, value) for value, index in ranked)))
-        plan.learn(batch, reply, None, 1)
+        plan.accept(batch, reply, None, 1)
     assert len(sent) == len(set(sent))
-    return pairs(plan.response().results)
+    return pairs(plan.merge().results)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -55,7 +55,7 @@ def test_any_plan_ranks_as_one_big_sort(seed: int) -> None:
     plan.cut({})
     for batch in plan.batches:
         assert len(batch) <= options.batch_size
-        assert len(plan.request(batch)) <= options.max_request_bytes or len(batch) == 1
+        assert len(plan.encode(batch)) <= options.max_request_bytes or len(batch) == 1
     # A lone surrogate is scored as what is sent for it.
     sent = [text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in documents]
     expected = reference(sent, options.top_n, options.score_threshold)
@@ -96,10 +96,10 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
     plan.cut({})
     (batch,) = plan.batches
     with pytest.raises(APIResponseError, match=message) as caught:
-        plan.learn(batch, Reply.model_validate(reply), "call-1", 1)
+        plan.accept(batch, Reply.model_validate(reply), "call-1", 1)
     assert caught.value.request_id == "call-1"
-    plan.learn(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), None, 2)
-    assert pairs(plan.response().results) == [(1, 0.2), (0, 0.1)]
+    plan.accept(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), None, 2)
+    assert pairs(plan.merge().results) == [(1, 0.2), (0, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | No
     ]
     reply = Reply.model_validate({"results": ranked})
     if fits:
-        plan.learn(plan.batches[0], reply, None, 1)
+        plan.accept(plan.batches[0], reply, None, 1)
     else:
         with pytest.raises(APIResponseError, match="echoes other documents"):
-            plan.learn(plan.batches[0], reply, None, 1)
+            plan.accept(plan.batches[0], reply, None, 1)
