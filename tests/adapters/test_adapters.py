@@ -32,6 +32,7 @@ from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
 from tests.support.entries import Pairs, aranked, ranked
+from tests.support.inside import is_worker
 from tests.support.stub import Received, Reply, Stub, error, results, together
 from tests.support.traces import Adapter, Rerank
 
@@ -338,7 +339,7 @@ def test_async_calls_run_at_once_without_threads(adapter: Adapter, stub: Stub) -
 
     def reply(request: Received) -> Reply:
         workers.update(
-            thread.name for thread in threading.enumerate() if thread.name.startswith(("regolo_rerank", "asyncio_"))
+            thread.name for thread in threading.enumerate() if is_worker(thread) or thread.name.startswith("asyncio_")
         )
         return answer(request)
 
