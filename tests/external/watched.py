@@ -16,7 +16,7 @@ import httpx
 from regolo_rerank import RegoloClient, RegoloError
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored
 
-__all__ = ["CALLS", "CONNECTIONS", "DOCUMENTS", "MODES", "RANKING", "TRACERS", "Observation", "Span", "rank"]
+__all__ = ["CALLS", "CONNECTIONS", "DOCUMENTS", "RANKING", "TRACERS", "Observation", "Span", "rank"]
 
 MODES: Final = ("sync", "async")
 CONNECTIONS: Final = ("own", "callers")
