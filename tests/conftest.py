@@ -1,13 +1,16 @@
-import asyncio
 import signal
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from regolo_rerank import RegoloClient, RerankResponse
 from tests.support.inside import back_off_for
+from tests.support.modes import Call
 from tests.support.stub import Stub
+
+if TYPE_CHECKING:
+    from tests.support.entries import Entry, Reranker
 
 KEY = "sk-canary-4f1d"
 
@@ -53,15 +56,35 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def rank(mode: str) -> Rank:
+def call(mode: str) -> Call:
+    """Call anything that has both ways."""
+    return Call(mode)
+
+
+@pytest.fixture
+def rank(call: Call) -> Rank:
     """Call a client in both ways."""
 
-    def call(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
-        if mode == "sync":
-            return client.rerank(query, documents, **arguments)
-        return asyncio.run(client.arerank(query, documents, **arguments))
+    def rank(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
+        return call(client.rerank, query, documents, **arguments)
 
-    return call
+    return rank
+
+
+@pytest.fixture(params=["core", "langchain", "llama_index"])
+def kind(request: pytest.FixtureRequest) -> "type[Reranker]":
+    """Every entry point: the client, and the adapter of each framework."""
+    from tests.support.entries import KINDS  # which loads both frameworks
+
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def entry(kind: "type[Reranker]", mode: str, stub: Stub) -> "Entry":
+    """Every entry point to the stub server in both ways."""
+    from tests.support.entries import Entry
+
+    return Entry(kind, mode, stub.url)
 
 
 @pytest.fixture

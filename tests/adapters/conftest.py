@@ -1,4 +1,3 @@
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +17,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
+from tests.support.modes import Call
 from tests.support.stub import Stub
-from tests.support.traces import QUERY, Adapter, Call, Events, Everything, Way, documents, nodes
+from tests.support.traces import QUERY, Adapter, Events, Everything, Rerank, Way, documents, nodes
 
 
 @pytest.fixture
@@ -42,41 +42,32 @@ def adapter(request: pytest.FixtureRequest) -> Adapter:
 
 
 @pytest.fixture
-def call(mode: str) -> Call:
-    """Call an adapter in both modes."""
+def rerank(call: Call) -> Rerank:
+    """Call an adapter in both ways."""
 
-    def call(adapter: Adapter, items: Any = None, handler: Any = None, *, query: str = QUERY) -> list[Any]:
+    def rerank(adapter: Adapter, items: Any = None, query: str = QUERY, *, handler: Any = None) -> list[Any]:
         if isinstance(adapter, LangChainRerank):
-            given = documents() if items is None else items
             callbacks = [] if handler is None else [handler]
-            if mode == "sync":
-                return adapter.compress_documents(given, query, callbacks)
-            return asyncio.run(adapter.acompress_documents(given, query, callbacks))
-        given = nodes() if items is None else items
-        if mode == "sync":
-            return adapter.postprocess_nodes(given, query_str=query)
-        return asyncio.run(adapter.apostprocess_nodes(given, query_str=query))
+            return list(call(adapter.compress_documents, documents() if items is None else items, query, callbacks))
+        return call(adapter.postprocess_nodes, nodes() if items is None else items, query_str=query)
 
-    return call
+    return rerank
 
 
 @pytest.fixture(params=["compressor", "retriever", "step"])
-def way(request: pytest.FixtureRequest, mode: str) -> Way:
-    """Rerank in LangChain by a call of the compressor, in a retriever, and as a step of a chain, in both modes."""
+def way(request: pytest.FixtureRequest, call: Call) -> Way:
+    """Rerank in LangChain by a call of the compressor, in a retriever, and as a step of a chain, in both ways."""
 
-    def call(reranker: LangChainRerank, handler: Any = None) -> list[Document]:
+    def way(reranker: LangChainRerank, handler: Any = None) -> list[Document]:
         callbacks = [] if handler is None else [handler]
-        if request.param == "compressor" and mode == "sync":
-            return reranker.compress_documents(documents(), QUERY, callbacks)
         if request.param == "compressor":
-            return asyncio.run(reranker.acompress_documents(documents(), QUERY, callbacks))
+            return list(call(reranker.compress_documents, documents(), QUERY, callbacks))
         chain: Any = {"query": RunnablePassthrough(), "documents": Everything()} | reranker.as_runnable()
         if request.param == "retriever":
             chain = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=Everything())
-        config = {"callbacks": callbacks}
-        return list(chain.invoke(QUERY, config) if mode == "sync" else asyncio.run(chain.ainvoke(QUERY, config)))
+        return list(call(chain.invoke, QUERY, {"callbacks": callbacks}))
 
-    return call
+    return way
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tests.support.traces import (
     QUERY,
     TOLD,
     AsyncHandler,
-    Call,
     Handler,
+    Rerank,
     Way,
     documents,
     reranks_in,
@@ -35,10 +35,10 @@ def test_a_run_tells_what_came_in_and_out_and_what_it_took(way: Way, langchain: 
     json.dumps([run.outputs["scores"], {name: run.outputs[name] for name in TOLD}])
 
 
-def test_a_handler_is_told_of_a_start_and_an_end(mode: str, call: Call, langchain: LangChainRerank) -> None:
+def test_a_handler_is_told_of_a_start_and_an_end(mode: str, rerank: Rerank, langchain: LangChainRerank) -> None:
     """A handler of either kind is told of one run, once of its start and once of its end."""
     handler = Handler() if mode == "sync" else AsyncHandler()
-    kept = call(langchain, handler=handler)
+    kept = rerank(langchain, handler=handler)
     (started, run_id, inputs), (ended, same_id, outputs) = handler.told
     assert (started, ended, same_id) == ("start", "end", run_id)
     assert (inputs["query"], outputs["documents"]) == (QUERY, kept)
@@ -83,7 +83,7 @@ def test_nothing_is_written_down_where_nobody_listens(
         way(langchain, Handler())
 
 
-def test_an_interrupted_call_ends_its_run(call: Call, langchain: LangChainRerank) -> None:
+def test_an_interrupted_call_ends_its_run(rerank: Rerank, langchain: LangChainRerank) -> None:
     """Ctrl-C leaves no run open: its error is the interruption."""
 
     def interrupted(query: str, documents: list[str]) -> list[float]:
@@ -92,5 +92,5 @@ def test_an_interrupted_call_ends_its_run(call: Call, langchain: LangChainRerank
     handler = Handler()
     langchain.base_url, langchain.scorer = "local://", interrupted
     with pytest.raises(KeyboardInterrupt):
-        call(langchain, handler=handler)
+        rerank(langchain, handler=handler)
     assert [(what, type(told)) for what, _, told in handler.told] == [("start", dict), ("error", KeyboardInterrupt)]

@@ -9,17 +9,17 @@ from regolo_rerank import AuthenticationError, InvalidInputError, RegoloError, R
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from regolo_rerank.llama_index import RegoloReRankEndEvent
 from tests.support.stub import Reply, Stub, error
-from tests.support.traces import DOWN, FALLEN_BACK, QUERY, TOLD, Call, nodes, telling
+from tests.support.traces import DOWN, FALLEN_BACK, QUERY, TOLD, Rerank, nodes, telling
 
 
 def test_the_end_event_tells_what_a_call_took(
-    call: Call, llama_index: LlamaIndexRerank, stub: Stub, events: list[BaseEvent]
+    rerank: Rerank, llama_index: LlamaIndexRerank, stub: Stub, events: list[BaseEvent]
 ) -> None:
     """It is core's own event for a handler written for that, and has ids and usage of all requests besides."""
     llama_index.batch_size, stub.reply = 2, telling
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llama_index.callback_manager = CallbackManager([debug])
-    kept = call(llama_index)
+    kept = rerank(llama_index)
     _, end = events
     assert isinstance(end, ReRankEndEvent)
     assert end.class_name() == ReRankEndEvent.class_name()
@@ -33,7 +33,7 @@ def test_the_end_event_tells_what_a_call_took(
 
 
 def test_a_fallback_shows_in_the_event(
-    call: Call, llama_index: LlamaIndexRerank, stub: Stub, events: list[BaseEvent]
+    rerank: Rerank, llama_index: LlamaIndexRerank, stub: Stub, events: list[BaseEvent]
 ) -> None:
     """The end of a call that has fallen back says so and why, with the retriever's scores and no others."""
     llama_index.on_error = "return_input"
@@ -41,7 +41,7 @@ def test_a_fallback_shows_in_the_event(
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llama_index.callback_manager = CallbackManager([debug])
     with pytest.warns(RerankFallbackWarning, match="down"):
-        kept = call(llama_index)
+        kept = rerank(llama_index)
     assert kept == nodes()[:2]
     assert isinstance(events[1], RegoloReRankEndEvent)
     assert events[1].nodes == kept
@@ -65,7 +65,7 @@ def test_a_fallback_shows_in_the_event(
 @pytest.mark.filterwarnings("ignore::regolo_rerank.errors.RerankFallbackWarning")  # seen in the test above
 def test_a_call_is_one_span_with_two_events(
     mode: str,
-    call: Call,
+    rerank: Rerank,
     llama_index: LlamaIndexRerank,
     stub: Stub,
     events: list[BaseEvent],
@@ -83,10 +83,10 @@ def test_a_call_is_one_span_with_two_events(
     if reply is not None:
         stub.always(reply)
     if problem is None:
-        kept = call(llama_index, given, query=query)
+        kept = rerank(llama_index, given, query=query)
     else:
         with pytest.raises(problem):
-            call(llama_index, given, query=query)
+            rerank(llama_index, given, query=query)
     assert not spans.open_spans
     (span,) = [*spans.completed_spans, *spans.dropped_spans]
     assert span.id_.partition("-")[0] == f"RegoloRerank._{'a' * (mode == 'async')}postprocess_nodes"

@@ -1,4 +1,3 @@
-import asyncio
 import subprocess
 import sys
 from typing import Any
@@ -15,13 +14,14 @@ from opentelemetry.trace import StatusCode
 from regolo_rerank import AuthenticationError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
+from tests.support.modes import Call
 from tests.support.stub import Stub, error
 from tests.support.traces import (
     DOWN,
     QUERY,
     TEXTS,
     Adapter,
-    Call,
+    Rerank,
     Way,
     documents_in,
     nodes,
@@ -61,16 +61,13 @@ def test_openinference_sees_a_reranker_in_langchain(
 
 
 def test_openinference_sees_a_reranker_in_llama_index(
-    mode: str, llama_index: LlamaIndexRerank, stub: Stub, exporter: InMemorySpanExporter
+    call: Call, llama_index: LlamaIndexRerank, stub: Stub, exporter: InMemorySpanExporter
 ) -> None:
     """In an engine's trace, a rerank is one RERANKER span with query, model, top_k, documents and scores."""
     llama_index.batch_size, stub.reply = 2, telling
     index = VectorStoreIndex([node.node for node in nodes()], embed_model=MockEmbedding(embed_dim=2))
     engine = index.as_query_engine(llm=MockLLM(), node_postprocessors=[llama_index], similarity_top_k=3)
-    if mode == "sync":
-        engine.query(QUERY)
-    else:
-        asyncio.run(engine.aquery(QUERY))
+    call(engine.query, QUERY)
     (span,) = reranker_spans(exporter)
     attributes = span.attributes or {}
     assert span.parent is not None
@@ -85,22 +82,22 @@ def test_openinference_sees_a_reranker_in_llama_index(
     assert attributes["regolo_rerank.fallback"] is False
 
 
-def test_openinference_sees_that_all_are_kept(call: Call, adapter: Adapter, exporter: InMemorySpanExporter) -> None:
+def test_openinference_sees_that_all_are_kept(rerank: Rerank, adapter: Adapter, exporter: InMemorySpanExporter) -> None:
     """Without a top_n, a span's top_k is the number of its documents."""
     adapter.top_n = None
-    assert len(call(adapter)) == 3
+    assert len(rerank(adapter)) == 3
     (span,) = reranker_spans(exporter)
     assert (span.attributes or {})["reranker.top_k"] == 3
     assert len(documents_in(span, "output")) == 3
 
 
 def test_openinference_sees_that_a_reranker_failed(
-    call: Call, adapter: Adapter, stub: Stub, exporter: InMemorySpanExporter
+    rerank: Rerank, adapter: Adapter, stub: Stub, exporter: InMemorySpanExporter
 ) -> None:
     """The span of a call that raises has what went in, nothing that came out, and the error."""
     stub.always(error("no such key", 401))
     with pytest.raises(AuthenticationError):
-        call(adapter)
+        rerank(adapter)
     (span,) = reranker_spans(exporter)
     assert span.status.status_code is StatusCode.ERROR
     assert "no such key" in str(span.status.description)
@@ -110,13 +107,13 @@ def test_openinference_sees_that_a_reranker_failed(
 
 
 def test_openinference_sees_a_fallback(
-    call: Call, adapter: Adapter, stub: Stub, exporter: InMemorySpanExporter
+    rerank: Rerank, adapter: Adapter, stub: Stub, exporter: InMemorySpanExporter
 ) -> None:
     """The span of a call that has fallen back says so, and has no score but the retriever's."""
     adapter.on_error = "return_input"
     stub.always(DOWN)
     with pytest.warns(RerankFallbackWarning, match="down"):
-        call(adapter)
+        rerank(adapter)
     (span,) = reranker_spans(exporter)
     attributes = span.attributes or {}
     assert span.status.status_code is StatusCode.OK
@@ -129,10 +126,10 @@ def test_openinference_sees_a_fallback(
 
 
 def test_what_matters_stays_in_a_span_of_many_documents(
-    call: Call, langchain: LangChainRerank, exporter: InMemorySpanExporter
+    rerank: Rerank, langchain: LangChainRerank, exporter: InMemorySpanExporter
 ) -> None:
     """Where OpenTelemetry drops attributes, 128 being its limit, these are input documents from the end."""
-    call(langchain, [Document(f"{number} score=0.{number:03}") for number in range(200)])
+    rerank(langchain, [Document(f"{number} score=0.{number:03}") for number in range(200)])
     (span,) = reranker_spans(exporter)
     attributes = span.attributes or {}
     assert span.dropped_attributes > 0
@@ -145,7 +142,7 @@ def test_what_matters_stays_in_a_span_of_many_documents(
 
 @pytest.mark.usefixtures("exporter")
 def test_a_fault_of_a_tracer_is_not_the_callers(
-    call: Call, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rerank: Rerank, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A call ranks even where OpenInference's span cannot be told of it; the log has why."""
 
@@ -154,7 +151,7 @@ def test_a_fault_of_a_tracer_is_not_the_callers(
 
     monkeypatch.setattr(OpenInferenceTracer, "get_span", fail)
     monkeypatch.setattr("openinference.instrumentation.llama_index.get_current_span", fail)
-    assert len(call(adapter)) == 2
+    assert len(rerank(adapter)) == 2
     assert "a trace is incomplete: LookupError: no such span" in caplog.text
 
 

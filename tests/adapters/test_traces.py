@@ -22,19 +22,19 @@ from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
 from tests.support.stub import Received, Reply, Stub, error, scored
-from tests.support.traces import QUERY, USAGES, Adapter, Call, Handler, scored_with
+from tests.support.traces import QUERY, USAGES, Adapter, Handler, Rerank, scored_with
 
 
 @pytest.mark.parametrize("shape", [*USAGES, "none"])
 def test_usage_adds_up_over_requests(
-    call: Call, adapter: Adapter, stub: Stub, events: list[BaseEvent], shape: str
+    rerank: Rerank, adapter: Adapter, stub: Stub, events: list[BaseEvent], shape: str
 ) -> None:
     """Tokens of all requests, in whichever place they come, and requests with the one that was sent again."""
     stub.script(error("try again", 500))
     stub.reply = lambda request: Reply(scored_with(request, **USAGES.get(shape, {})))
     adapter.batch_size, adapter.max_retries = 1, 1
     handler = Handler()
-    call(adapter, handler=handler)
+    rerank(adapter, handler=handler)
     told = handler.told[-1][-1] if isinstance(adapter, LangChainRerank) else events[-1].model_dump()
     assert told["usage"] == {"total_tokens": None if shape == "none" else 21, "requests": 4}
 
@@ -46,7 +46,7 @@ def too_long(request: Received) -> Reply:
     return scored(request)
 
 
-def test_a_document_that_is_too_long_is_named_and_can_be_cut(call: Call, adapter: Adapter, stub: Stub) -> None:
+def test_a_document_that_is_too_long_is_named_and_can_be_cut(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
     """The error names it by its place among the caller's own, and the option by which it ranks and comes back whole."""
     stub.reply = too_long
     adapter.batch_size, adapter.max_concurrency, adapter.top_n, adapter.on_error = 2, 1, None, "return_input"
@@ -56,21 +56,21 @@ def test_a_document_that_is_too_long_is_named_and_can_be_cut(call: Call, adapter
         given = [NodeWithScore(node=TextNode(text=text)) for text in texts]
     said = r"the longest document sent is documents\[5\] with 42 characters; the option max_document_chars cuts"
     with pytest.raises(BadRequestError, match=said):
-        call(adapter, given)
+        rerank(adapter, given)
     adapter.max_document_chars = 20
-    kept = [item.text if isinstance(item, NodeWithScore) else item.page_content for item in call(adapter, given)]
+    kept = [item.text if isinstance(item, NodeWithScore) else item.page_content for item in rerank(adapter, given)]
     assert kept == [texts[index] for index in (3, 4, 5, 6, 0, 2, 1)]
     assert max(len(text) for request in stub.received[-3:] for text in request.documents) == 20
 
 
 def test_requests_and_retries_are_in_the_log(
-    call: Call, adapter: Adapter, stub: Stub, caplog: pytest.LogCaptureFixture
+    rerank: Rerank, adapter: Adapter, stub: Stub, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The logger `regolo_rerank` has a line at DEBUG for each request, and one at WARNING for each that is repeated."""
     caplog.set_level(logging.DEBUG, "regolo_rerank")
     stub.script(error("try again", 500))
     adapter.max_retries = 1
-    call(adapter)
+    rerank(adapter)
     said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "regolo_rerank"]
     assert [level for level, _ in said] == ["DEBUG", "WARNING", "DEBUG"]
     assert "answered 500 to 3 documents" in said[0][1]
@@ -81,7 +81,7 @@ def test_requests_and_retries_are_in_the_log(
 @pytest.mark.parametrize("reply", [None, "fallback", "error"])
 @pytest.mark.filterwarnings("ignore::regolo_rerank.errors.RerankFallbackWarning")  # what it says is in test_secrets.py
 def test_no_trace_shows_the_key(
-    call: Call,
+    rerank: Rerank,
     adapter: Adapter,
     stub: Stub,
     exporter: InMemorySpanExporter,
@@ -100,13 +100,13 @@ def test_no_trace_shows_the_key(
 
     def calls() -> None:
         for listener in (handler, trace):
-            call(adapter, handler=listener)
+            rerank(adapter, handler=listener)
 
     if reply == "error":
         with pytest.raises(RegoloError):
             calls()
         with pytest.raises(RegoloError):
-            call(adapter, handler=trace)
+            rerank(adapter, handler=trace)
     else:
         calls()
     assert stub.received[0].headers["authorization"] == f"Bearer {KEY}"

@@ -15,7 +15,7 @@ from regolo_rerank import (
     RegoloError,
 )
 from tests.conftest import KEY, Rank
-from tests.support.inside import allow_replies_of
+from tests.support.inside import allow_replies_of, is_worker
 from tests.support.stub import Reply, Stub, results, scored, texts
 
 
@@ -106,7 +106,7 @@ def test_a_thread_that_cannot_start_is_an_error_of_ours(stub: Stub, monkeypatch:
     real, started = threading.Thread.start, itertools.count()
 
     def start(thread: threading.Thread) -> None:
-        if thread.name == "regolo_rerank" and next(started) == 2:
+        if is_worker(thread) and next(started) == 2:
             raise RuntimeError("can't start new thread")
         real(thread)
 

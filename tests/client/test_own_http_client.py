@@ -9,63 +9,55 @@ from tests.conftest import KEY, Rank
 from tests.support.stub import Reply, Stub, results
 
 
+def ranked_over(mode: str, settings: dict[str, Any], **options: Any) -> RerankResponse:
+    """Rank over an httpx client of the caller's own, made with certain settings; see that it is left open."""
+    options = {"api_key": KEY, **options}
+
+    def called() -> RerankResponse:
+        with httpx.Client(**settings) as own:
+            try:
+                with RegoloClient(http_client=own, **options) as client:
+                    return client.rerank("q", ["a"])
+            finally:
+                assert not own.is_closed
+
+    async def acalled() -> RerankResponse:
+        async with httpx.AsyncClient(**settings) as own:
+            try:
+                async with RegoloClient(async_http_client=own, **options) as client:
+                    return await client.arerank("q", ["a"])
+            finally:
+                assert not own.is_closed
+
+    return called() if mode == "sync" else asyncio.run(acalled())
+
+
+def test_the_callers_own_http_client_counts(mode: str, stub: Stub) -> None:
+    """The caller's client is used with its own timeout, and is left open."""
+    stub.always(Reply(results((0, 1.0)), delay=0.3))
+    settings: dict[str, Any] = {"timeout": 5.0, "headers": {"x-mine": "1"}}
+    options: dict[str, Any] = {"base_url": stub.url, "max_retries": 0, "timeout": 0.01}
+    assert len(ranked_over(mode, settings, **options).results) == 1
+    with pytest.raises(APITimeoutError):
+        ranked_over(mode, settings | {"timeout": 0.1}, **options)
+    assert [request.headers["x-mine"] for request in stub.received] == ["1", "1"]
+
+
 def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub) -> None:
     """A header of the caller's own http client that HTTP does not allow fails at once."""
-    illegal = {"x-mine": "a\nb"}
-    options: dict[str, Any] = {"api_key": KEY, "base_url": stub.url, "max_retries": 10**9}
-
-    def call() -> None:
-        with httpx.Client(headers=illegal) as mine:
-            RegoloClient(http_client=mine, **options).rerank("q", ["a"])
-
-    async def acall() -> None:
-        async with httpx.AsyncClient(headers=illegal) as mine:
-            await RegoloClient(async_http_client=mine, **options).arerank("q", ["a"])
-
     with pytest.raises(APIConnectionError, match="Illegal header"):
-        call() if mode == "sync" else asyncio.run(acall())
+        ranked_over(mode, {"headers": {"x-mine": "a\nb"}}, base_url=stub.url, max_retries=10**9)
     assert not stub.received
 
 
-@pytest.mark.parametrize("seconds", [0.1, 5.0])
-def test_the_callers_own_http_client_counts(mode: str, stub: Stub, seconds: float) -> None:
-    """The caller's client is used with its own timeout, and is left open."""
-    stub.always(Reply(results((0, 1.0)), delay=0.3))
-    options: dict[str, Any] = {"api_key": KEY, "base_url": stub.url, "max_retries": 0, "timeout": 0.01}
-
-    def called() -> RerankResponse:
-        with httpx.Client(timeout=seconds, headers={"x-mine": "1"}) as mine:
-            with RegoloClient(http_client=mine, **options) as client:
-                response = client.rerank("q", ["a"])
-            assert not mine.is_closed
-            return response
-
-    async def acalled() -> RerankResponse:
-        async with httpx.AsyncClient(timeout=seconds, headers={"x-mine": "1"}) as mine:
-            async with RegoloClient(async_http_client=mine, **options) as client:
-                response = await client.arerank("q", ["a"])
-            assert not mine.is_closed
-            return response
-
-    def call() -> RerankResponse:
-        return called() if mode == "sync" else asyncio.run(acalled())
-
-    if seconds < 0.3:
-        with pytest.raises(APITimeoutError):
-            call()
-    else:
-        assert len(call().results) == 1
-    assert stub.received[0].headers["x-mine"] == "1"
-
-
-def test_a_closed_http_client_is_an_error_that_says_so(mode: str, stub: Stub) -> None:
+def test_a_closed_http_client_is_an_error_that_says_so(rank: Rank, stub: Stub) -> None:
     """A caller's client that is closed is named, and not tried again."""
     closed, aclosed = httpx.Client(), httpx.AsyncClient()
     closed.close()
     asyncio.run(aclosed.aclose())
     client = RegoloClient(KEY, base_url=stub.url, http_client=closed, async_http_client=aclosed)
     with pytest.raises(APIConnectionError, match="closed"):
-        client.rerank("q", ["a"]) if mode == "sync" else asyncio.run(client.arerank("q", ["a"]))
+        rank(client, "q", ["a"])
 
 
 def test_an_async_http_client_in_a_second_loop_is_an_error_that_says_so(stub: Stub) -> None:
@@ -90,22 +82,9 @@ def test_the_embedded_endpoint_takes_no_http_client(rank: Rank, option: str) -> 
 
 def test_a_clear_text_proxy_does_not_see_the_key(mode: str, stub: Stub) -> None:
     """The key goes over http to this machine, but not by way of a caller's proxy, except with allow_http."""
-
-    def call(**options: Any) -> RerankResponse:
-        with httpx.Client(proxy=stub.url) as mine:
-            return RegoloClient(base_url="http://127.0.0.1:9", http_client=mine, **options).rerank("q", ["a"])
-
-    async def acall(**options: Any) -> RerankResponse:
-        async with httpx.AsyncClient(proxy=stub.url) as mine:
-            return await RegoloClient(base_url="http://127.0.0.1:9", async_http_client=mine, **options).arerank(
-                "q", ["a"]
-            )
-
-    def ranked(**options: Any) -> RerankResponse:
-        return call(**options) if mode == "sync" else asyncio.run(acall(**options))
-
+    settings, base_url = {"proxy": stub.url}, "http://127.0.0.1:9"
     with pytest.raises(InvalidInputError, match="proxy would see the API key"):
-        ranked(api_key=KEY)
+        ranked_over(mode, settings, base_url=base_url)
     assert not stub.received
-    assert ranked(api_key=KEY, allow_http=True).results
-    assert ranked(api_key="").results
+    assert ranked_over(mode, settings, base_url=base_url, allow_http=True).results
+    assert ranked_over(mode, settings, base_url=base_url, api_key="").results

@@ -18,7 +18,7 @@ from regolo_rerank import APIStatusError, InvalidInputError, PromptFormat, Regol
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PRESETS
 from tests.conftest import Rank
-from tests.support.entries import KINDS, Entry, Pairs
+from tests.support.entries import Entry, Pairs
 from tests.support.inside import answer
 from tests.support.stub import Reply, Stub, pairs
 
@@ -393,7 +393,6 @@ VALUES = st.one_of(
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_any_value_of_an_option_is_taken_or_refused_by_name(kind: Any, times: int) -> None:
     """A value for an option is accepted, or refused in a ValidationError that names the option and shows no key."""
 
@@ -449,10 +448,8 @@ UNICODE = WORDED.map(repaired)
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_any_reply_over_a_socket(kind: Any, mode: str, stub: Stub, times: int) -> None:
+def test_any_reply_over_a_socket(entry: Entry, stub: Stub, times: int) -> None:
     """Every entry point makes of a reply what the reference does, or an error of ours."""
-    entry = Entry(kind, mode, stub.url)
 
     @cases(15 * times)
     @given(exchanges(UNICODE).filter(lambda case: case.status not in {*range(200), 204, 304}))
@@ -481,10 +478,8 @@ LIMITS = st.fixed_dictionaries(
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_any_documents_over_a_socket(kind: Any, mode: str, stub: Stub, times: int) -> None:
+def test_any_documents_over_a_socket(entry: Entry, stub: Stub, times: int) -> None:
     """Every entry point ranks any documents as a plain sort does, with whatever options are accepted."""
-    entry = Entry(kind, mode, stub.url)
     stub.reply = lambda request: Reply(answer(request.body, scorer)[1])
 
     @cases(10 * times)

@@ -17,12 +17,10 @@ from tests.support.stub import Stub, pairs
 # What a cache changes: nothing but what is sent.
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
-def test_a_ranking_is_the_same_with_a_cache(kind: Any, mode: str, stub: Stub) -> None:
+def test_a_ranking_is_the_same_with_a_cache(entry: Entry, stub: Stub) -> None:
     """Blanks, duplicates, ties, cuts and batches: with nothing, some or all of it known, the ranking is the same."""
-    random_ = random.Random(f"{kind} {mode}")  # noqa: S311 - cases, not secrets
+    random_ = random.Random(f"{entry.kind} {entry.mode}")  # noqa: S311 - cases, not secrets
     known: Mapping = {}
-    entry = Entry(kind, mode, stub.url)
     for _ in range(12):
         texts = [
             random_.choice(["", " ", "a score=0.5", "b score=0.5", *(f"{number} words" for number in range(20))])

@@ -17,7 +17,6 @@ from diskcache import Cache  # type: ignore[import-untyped]  # it has no types
 from regolo_rerank import RegoloClient, RerankCacheWarning
 from tests.conftest import KEY, Rank
 from tests.support.caches import EXPECTED, TEXTS, Failing, Mapping, expected, opened, sent
-from tests.support.entries import KINDS
 from tests.support.stub import Stub, pairs
 
 # The caller's mapping.
@@ -157,7 +156,6 @@ def test_what_cannot_be_written_is_refused(refused: Any) -> None:
         client.cache = refused
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_copies_share_the_cache_and_dumps_have_none(kind: Any, stub: Stub) -> None:
     """Copies use the very same mapping; a pickle, a dump, a schema and a repr know nothing of it."""
     known: dict[str, float] = {"canary": 0.5}

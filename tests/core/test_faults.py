@@ -231,7 +231,6 @@ def test_a_fault_gives_the_right_ranking_or_an_error_of_ours(
         assert [len(request["documents"]) for request in server.received] == [3] * attempts
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_nobody_listens(kind: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused connection is tried again, and is an error of ours if it stays refused."""
     back_off_for(0.2, monkeypatch)

@@ -48,15 +48,18 @@ URL: Final = f"{BASE_URL}/rerank"
 
 
 @functools.cache
-def seen_by(tracer: str) -> list[Observation]:
-    """Return what a tracer has seen in a process of its own, which it patches."""
+def seen_by(tracer: str) -> dict[tuple[str, str, str], Observation]:
+    """Return what a tracer has seen of each call, mode and connections, in a process of its own, which it patches."""
     command = [sys.executable, "-m", "tests.external.watched", tracer]
     environment = {**os.environ, **SETTINGS, "REGOLO_API_KEY": KEY}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert ran.returncode == 0, ran.stderr
-    return [
-        Observation(**{**seen, "spans": [Span(**span) for span in seen["spans"]]}) for seen in json.loads(ran.stdout)
-    ]
+    return {
+        (seen["call"], seen["mode"], seen["connections"]): Observation(
+            **{**seen, "spans": [Span(**span) for span in seen["spans"]]}
+        )
+        for seen in json.loads(ran.stdout)
+    }
 
 
 @pytest.fixture(params=TRACERS, scope="module")
@@ -74,12 +77,7 @@ def connections(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=CALLS)
 def seen(request: pytest.FixtureRequest, tracer: str, connections: str, mode: str) -> Observation:
     """What a tracer has seen of each call."""
-    (found,) = [
-        observation
-        for observation in seen_by(tracer)
-        if (observation.call, observation.connections, observation.mode) == (request.param, connections, mode)
-    ]
-    return found
+    return seen_by(tracer)[request.param, mode, connections]
 
 
 def test_a_tracer_sees_every_request_once(seen: Observation) -> None:
@@ -91,6 +89,7 @@ def test_a_tracer_sees_every_request_once(seen: Observation) -> None:
 
 def test_the_server_receives_the_trace(tracer: str, seen: Observation) -> None:
     """The tracer's headers are on each request, beside the package's own."""
+    assert bool(seen.requests) == (seen.call != "unreachable")
     for headers in seen.requests:
         assert TRACE_HEADERS[tracer] <= set(headers)
         assert ids_in(headers)[0] == seen.caller[0]
@@ -121,13 +120,8 @@ def test_no_tracer_records_the_key(seen: Observation) -> None:
 
 def test_an_error_comes_with_its_requests(mode: str, connections: str) -> None:
     """Sentry's event of an error has the request and the reply that led to it."""
-    (seen,) = [
-        observation
-        for observation in seen_by("sentry")
-        if (observation.call, observation.connections, observation.mode) == ("refused", connections, mode)
-    ]
-    events = [json.loads(line) for line in seen.exported.splitlines() if '"exception":' in line]
-    (event,) = events
+    seen = seen_by("sentry")["refused", mode, connections]
+    (event,) = [json.loads(line) for line in seen.exported.splitlines() if '"exception":' in line]
     assert event["exception"]["values"][-1]["type"] == "ServerError"
     crumbs = [crumb["data"] for crumb in event["breadcrumbs"]["values"] if crumb["category"] == "httplib"]
     assert [(crumb["http.method"], crumb["http.response.status_code"]) for crumb in crumbs] == [("POST", 500)]
@@ -188,16 +182,12 @@ def test_respx_answers_every_request(mode: str, connections: str, router: respx.
 def test_respx_answers_a_retry(mode: str, connections: str, router: respx.MockRouter) -> None:
     """A mocked failure is tried again, and a mocked exception is the package's own error."""
     down = httpx.Response(500, headers={"retry-after-ms": "1"}, json={"error": {"message": "down"}})
-    route = router.post(URL).mock(side_effect=[down, mocked_reply(), httpx.ConnectError("no route")])
+    fine = httpx.Response(200, json={"results": [{"index": 0, "relevance_score": 0.1}]})
+    route = router.post(URL).mock(side_effect=[down, fine, httpx.ConnectError("no route")])
     assert rank(mode, connections, BASE_URL, DOCUMENTS[:1], api_key=KEY, max_retries=1) == [(0, 0.1)]
     with pytest.raises(APIConnectionError, match="no route"):
         rank(mode, connections, BASE_URL, DOCUMENTS[:1], api_key=KEY, max_retries=0)
     assert route.call_count == 3
-
-
-def mocked_reply() -> httpx.Response:
-    """Return the reply to a request of the first document alone."""
-    return httpx.Response(200, json={"results": [{"index": 0, "relevance_score": 0.1}]})
 
 
 def test_pytest_httpx_answers_every_request(mode: str, connections: str, httpx_mock: HTTPXMock) -> None:

@@ -16,10 +16,10 @@ import httpx
 from regolo_rerank import RegoloClient, RegoloError
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored
 
-__all__ = ["CALLS", "CONNECTIONS", "DOCUMENTS", "MODES", "RANKING", "TRACERS", "Observation", "Span", "rank"]
+__all__ = ["CALLS", "CONNECTIONS", "DOCUMENTS", "RANKING", "TRACERS", "Observation", "Span", "rank"]
 
 MODES: Final = ("sync", "async")
-CONNECTIONS: Final = ("own", "caller's")
+CONNECTIONS: Final = ("own", "callers")
 """Whose httpx client it is that sends."""
 
 CALLS: Final = ("batched", "retried", "refused", "unreachable")
@@ -176,7 +176,7 @@ class Datadog:
         return [
             Span(
                 f"{span.trace_id:032x}",
-                f"{span.parent_id:016x}",
+                f"{span.parent_id or 0:016x}",
                 f"{span.span_id:016x}",
                 int(status) if (status := span.get_tag("http.status_code")) else None,
             )

@@ -1,4 +1,3 @@
-import asyncio
 import io
 import random
 import subprocess
@@ -29,6 +28,7 @@ from regolo_rerank import (
 from regolo_rerank.plot import rank_changes
 from tests.conftest import KEY, Rank
 from tests.support.inside import limit_pictures_to, write_labels
+from tests.support.modes import Call
 from tests.support.stub import Stub
 
 TEXTS = ["a score=0.1", "b score=0.9", "a score=0.1", "c score=0.5", "b score=0.9", "d score=0.3", "a score=0.1"]
@@ -119,7 +119,7 @@ def test_no_score_is_invented() -> None:
 
 @pytest.mark.parametrize("top_n", [None, 4])
 def test_both_frameworks_and_the_client_give_the_same_picture(
-    top_n: int | None, stub: Stub, client: RegoloClient, mode: str, rank: Rank
+    top_n: int | None, stub: Stub, client: RegoloClient, call: Call, rank: Rank
 ) -> None:
     """Copies that the adapters return are found again, among equal texts too, with their scores."""
     response = rank(client, "q", TEXTS, top_n=top_n)
@@ -127,12 +127,8 @@ def test_both_frameworks_and_the_client_give_the_same_picture(
     nodes = [NodeWithScore(node=TextNode(text=text), score=0.7) for text in TEXTS]
     by_langchain = langchain.RegoloRerank(api_key=KEY, base_url=stub.url, top_n=top_n)
     by_llama_index = llama_index.RegoloRerank(api_key=KEY, base_url=stub.url, top_n=top_n)
-    if mode == "sync":
-        ranked = by_langchain.compress_documents(documents, "q")
-        ranked_nodes = by_llama_index.postprocess_nodes(nodes, query_str="q")
-    else:
-        ranked = asyncio.run(by_langchain.acompress_documents(documents, "q"))
-        ranked_nodes = asyncio.run(by_llama_index.apostprocess_nodes(nodes, query_str="q"))
+    ranked = call(by_langchain.compress_documents, documents, "q")
+    ranked_nodes = call(by_llama_index.postprocess_nodes, nodes, query_str="q")
     figures = [
         rank_changes(TEXTS, response),
         rank_changes(TEXTS, response.results),

@@ -1,4 +1,4 @@
-"""Every entry point of the package in both modes, called alike."""
+"""Every entry point of the package, called alike in both modes; the fixture `entry` has them all."""
 
 import asyncio
 from collections.abc import Sequence

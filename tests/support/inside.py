@@ -25,6 +25,7 @@ __all__ = [
     "forget_certificates",
     "forget_refusals_after",
     "http_settings_of",
+    "is_worker",
     "limit_pictures_to",
     "loops_of",
     "main",
@@ -41,7 +42,12 @@ __all__ = [
 
 def workers() -> list[threading.Thread]:
     """Return the threads of ours that are alive; sync calls of several requests start them."""
-    return [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"]
+    return list(filter(is_worker, threading.enumerate()))
+
+
+def is_worker(thread: threading.Thread) -> bool:
+    """Return whether a thread is one of ours."""
+    return thread.name == "regolo_rerank"
 
 
 def private_state_of(reranker: Reranker) -> object:

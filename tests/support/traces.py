@@ -88,11 +88,11 @@ class Everything(BaseRetriever):
         return documents()
 
 
-class Call(Protocol):
+class Rerank(Protocol):
     """Reranks the texts, or other documents or nodes, with an adapter; a handler is for LangChain's."""
 
     def __call__(
-        self, adapter: Adapter, items: Any = None, handler: Any = None, *, query: str = QUERY
+        self, adapter: Adapter, items: Any = None, query: str = QUERY, *, handler: Any = None
     ) -> list[Any]: ...
 
 
