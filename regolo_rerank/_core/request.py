@@ -67,19 +67,20 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
         try:
             reply: Reply = yield call.config.request(call.plan.encode(job.batch))
             call.accept(job.batch, *reply, retry.sent)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what is not of httpx is raised again
             failure = translate_error(error, call.config)
         else:
             hold.request_seconds = time.monotonic() - sent_at
             queue.note_answer()
             return
+        if call.done.is_set():
+            return  # it has failed already, and one error is enough
         told = f"{type(failure).__name__}: {failure}"
         if is_over_parallel_limit(failure) and queue.put_back(job, sent_at):
             _log.warning("attempt %d failed, next when there is room: %s", retry.sent, told)
             return
         delay = retry.delay_after(failure, hold)
         if delay is None:
-            _log.debug("attempt %d at %d documents failed: %s", retry.sent, len(job.batch), told)
             raise failure
         if isinstance(failure, RateLimitError) and not is_over_parallel_limit(failure):
             hold.extend(delay, failure)
@@ -114,4 +115,5 @@ def translate_error(error: Exception, config: RequestConfig) -> RegoloError:
         error.request = httpx.Request("POST", config.endpoint.url)
     error.__cause__ = error.__context__ = None
     failure.__cause__ = error.with_traceback(None)
+    _log.debug("%s has not answered: %s", config.endpoint.url, failure)
     return failure

@@ -32,6 +32,8 @@ class Clients:
     def __init__(self) -> None:
         self._clients: dict[tuple[int, Endpoint], httpx.Client] = {}
         self._loops: dict[asyncio.AbstractEventLoop, dict[Endpoint, LoopClient]] = {}
+        # In a cycle that nobody refers to, a guard would end beside what it guards, and not before it.
+        weakref.finalize(self, self._loops.clear).atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()

@@ -45,7 +45,7 @@ def test_a_client_works_in_one_event_loop_after_another(client: RegoloClient, st
     before = sockets()
     for _ in range(runs):
         assert asyncio.run(ranked(client)) == EXPECTED
-        assert not loops_of(client)
+        assert len(loops_of(client)) <= 1  # the last one, until there is another
     gc.collect()
     assert soon(lambda: sockets() <= before)  # the stub closes its side a moment later
     assert stub.connections == runs

@@ -21,7 +21,7 @@ def test_every_request_is_logged(rank: Rank, stub: Stub, caplog: pytest.LogCaptu
     said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "regolo_rerank"]
     expected = [
         ("DEBUG", "answered 200 to 1 documents, request call-1"),
-        ("DEBUG", "has not answered to 1 documents: no complete reply from"),
+        ("DEBUG", "has not answered: no complete reply from"),
         ("WARNING", "attempt 1 failed, next in 0.00 s: APIConnectionError: no complete reply from"),
         ("DEBUG", "answered 200 to 1 documents, request call-3"),
         ("DEBUG", "answered 200 to 1 documents, request call-4"),
@@ -31,9 +31,11 @@ def test_every_request_is_logged(rank: Rank, stub: Stub, caplog: pytest.LogCaptu
 
 
 def test_a_batch_that_is_handed_on_is_logged(rank: Rank, stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
-    """A request that another worker sends again is a line at WARNING too."""
+    """A request that is put back for another worker is a line at WARNING too."""
     stub.script(crowded(1))
     rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=2), "q", texts(3))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
-    assert said[0].startswith("attempt 1 failed, next by another worker: Limit type: max_parallel_requests")
+    assert said[0].startswith(
+        "attempt 1 failed, next when there is room: RateLimitError: Limit type: max_parallel_requests"
+    )

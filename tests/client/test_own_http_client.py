@@ -78,13 +78,3 @@ def test_the_embedded_endpoint_takes_no_http_client(rank: Rank, option: str) -> 
     mine: dict[str, Any] = {option: httpx.Client() if option == "http_client" else httpx.AsyncClient()}
     with pytest.raises(InvalidInputError, match="http_client: not with base_url='local://'"):
         rank(RegoloClient(base_url="local://", **mine), "q", ["a"])
-
-
-def test_a_clear_text_proxy_does_not_see_the_key(mode: str, stub: Stub) -> None:
-    """The key goes over http to this machine, but not by way of a caller's proxy, except with allow_http."""
-    settings, base_url = {"proxy": stub.url}, "http://127.0.0.1:9"
-    with pytest.raises(InvalidInputError, match="proxy would see the API key"):
-        ranked_over(mode, settings, base_url=base_url)
-    assert not stub.received
-    assert ranked_over(mode, settings, base_url=base_url, allow_http=True).results
-    assert ranked_over(mode, settings, base_url=base_url, api_key="").results
