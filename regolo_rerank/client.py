@@ -232,7 +232,7 @@ class RegoloClient(Reranker):
         workers = config.options.max_concurrency
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
-            closing(threads.FinishInOrder(_open_calls(config, pairs), workers, self._client_for(config))) as finished,
+            closing(threads.finish_in_order(_open_calls(config, pairs), workers, self._client_for(config))) as finished,
         ):
             for call in finished:
                 outcome = _unwrap(call, return_exceptions=return_exceptions)
@@ -272,10 +272,7 @@ class _SourceError(Exception):
     """What reading the pairs has raised; it comes after the pairs that were read."""
 
 
-Opened = Call[Event] | InvalidInputError | _SourceError
-
-
-def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Opened[threading.Event]]:
+def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | Exception]:
     """Give the call for each pair, or what is wrong with the pair."""
     try:
         for index, pair in enumerate(pairs):
@@ -286,7 +283,7 @@ def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Opened
 
 async def _aopen_calls(
     config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
-) -> AsyncGenerator[Opened[asyncio.Event]]:
+) -> AsyncGenerator[Call[asyncio.Event] | Exception]:
     """Do the same for an async iterable too."""
     index = 0
     try:
@@ -316,12 +313,12 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _unwrap(call: Opened[Event], *, return_exceptions: bool) -> RerankResponse | RegoloError:
+def _unwrap(call: Call[Event] | Exception, *, return_exceptions: bool) -> RerankResponse | RegoloError:
     """Return what a call has come to; an error is raised, or returned where the caller wants that."""
     if isinstance(call, _SourceError):
         raise call.args[0]
     try:
-        if isinstance(call, InvalidInputError):
+        if isinstance(call, Exception):
             raise call
         call.close()
         return call.result()

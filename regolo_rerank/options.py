@@ -253,11 +253,15 @@ class Options(BaseModel):
             pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
         """
         copied = super().model_copy(deep=deep)
+        copied._part_from_original()  # noqa: SLF001 - of its own class
         problem = _assign(copied, update or {})
         if problem is None:
             return copied
         del update
         raise problem
+
+    def _part_from_original(self) -> None:
+        """Give a copy what it must not share, such as connections."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, callbacks."""

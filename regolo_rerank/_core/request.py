@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import httpx
 
 from regolo_rerank._core.call import Event
-from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.retry import is_over_parallel_limit
-from regolo_rerank._wire.messages import mask
-from regolo_rerank.errors import APIConnectionError, APITimeoutError, RateLimitError, RegoloError
+from regolo_rerank._wire.failures import translate_error
+from regolo_rerank.errors import RateLimitError, RegoloError
 
 __all__ = ["Flow", "Reply", "Sleep", "rank_batch"]
 
@@ -68,52 +67,26 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
             reply: Reply = yield call.config.request(call.plan.encode(job.batch))
             call.accept(job.batch, *reply, retry.sent)
         except Exception as error:  # noqa: BLE001 - what is not of httpx is raised again
-            failure = translate_error(error, call.config)
+            failure = translate_error(error, call.config.endpoint.url, call.config.key)
         else:
             hold.request_seconds = time.monotonic() - sent_at
             queue.note_answer()
             return
         if call.done.is_set():
             return  # it has failed already, and one error is enough
-        told = f"{type(failure).__name__}: {failure}"
         if is_over_parallel_limit(failure) and queue.put_back(job, sent_at):
-            _log.warning("attempt %d failed, next when there is room: %s", retry.sent, told)
+            _log.warning("attempt %d failed, next when there is room: %s", retry.sent, failure)
             return
-        delay = retry.delay_after(failure, hold)
-        if delay is None:
-            raise failure
-        if isinstance(failure, RateLimitError) and not is_over_parallel_limit(failure):
-            hold.extend(delay, failure)
-        _log.warning("attempt %d failed, next in %.2f s: %s", retry.sent, delay, told)
-        yield Sleep(delay)
+        yield Sleep(_schedule_retry(job, failure))
 
 
-def translate_error(error: Exception, config: RequestConfig) -> RegoloError:
-    """Return this package's error for what went wrong with a request.
-
-    Raises:
-        Exception: The error itself, where it is none of httpx: a mistake in a hook of the caller's client, say.
-    """
-    if isinstance(error, RegoloError):
-        return error.with_traceback(None)
-    host, words = config.endpoint.url.netloc.decode(), mask(str(error), config.key)
-    failure: RegoloError
-    if isinstance(error, httpx.TimeoutException | TimeoutError):
-        failure = APITimeoutError(f"no complete reply from {host} within the timeout ({type(error).__name__})")
-    elif isinstance(error, httpx.HTTPError | httpx.StreamError | httpx.InvalidURL | OSError):
-        failure = APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
-    elif isinstance(error, RuntimeError):
-        failure = APIConnectionError(
-            f"the http client cannot be used: {words} An httpx client that was passed must be open, and an async one "
-            f"belongs to the event loop that it was first used in"
-        )
-    else:
-        raise error
-    # What is left of the cause is safe to log: its frames, its request and what it comes from hold the key.
-    error.args = (words,)
-    if isinstance(error, httpx.HTTPError):
-        error.request = httpx.Request("POST", config.endpoint.url)
-    error.__cause__ = error.__context__ = None
-    failure.__cause__ = error.with_traceback(None)
-    _log.debug("%s has not answered: %s", config.endpoint.url, failure)
-    return failure
+def _schedule_retry(job: Job[Event], failure: RegoloError) -> float:
+    """Return the seconds until a batch is sent again, or raise a failure that is final."""
+    hold = job.call.config.hold
+    delay = job.retry.delay_after(failure, hold)
+    if delay is None:
+        raise failure
+    if isinstance(failure, RateLimitError) and not is_over_parallel_limit(failure):
+        hold.extend(delay, failure)
+    _log.warning("attempt %d failed, next in %.2f s: %s: %s", job.retry.sent, delay, type(failure).__name__, failure)
+    return delay

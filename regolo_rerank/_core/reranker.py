@@ -40,19 +40,8 @@ class Reranker(Options):
         """Return what requests call themselves: this package, its version and the framework."""
         return f"regolo_rerank/{__version__} {cls.framework}".rstrip()
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with some options changed, each of them checked; it opens connections of its own.
-
-        Args:
-            update: The options to change, by name.
-            deep: Whether values are copied too; the callers' http clients are shared in any case.
-
-        Raises:
-            pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
-        """
-        copied = super().model_copy(update=update, deep=deep)
-        copied._clients, copied._hold = Clients(), RateLimitHold()  # noqa: SLF001 - of the same class
-        return copied
+    def _part_from_original(self) -> None:
+        self._clients, self._hold = Clients(), RateLimitHold()
 
     def _configure(
         self, arguments: Mapping[str, Any], callers_client: httpx.Client | httpx.AsyncClient | None

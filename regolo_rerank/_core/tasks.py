@@ -4,18 +4,16 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import httpx
 
-from regolo_rerank._core.body import ReplyBody
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
+from regolo_rerank._wire.body import ReplyBody
 
 __all__ = ["FinishInOrder", "finish"]
-
-T = TypeVar("T", bound=Exception)
 
 
 async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
@@ -29,7 +27,7 @@ async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
         await tasks.stop()
 
 
-class FinishInOrder(Generic[T]):
+class FinishInOrder:
     """Gives calls in their order, each when it is done; what could not become a call is passed through.
 
     One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
@@ -42,12 +40,12 @@ class FinishInOrder(Generic[T]):
     """
 
     def __init__(
-        self, calls: AsyncGenerator[Call[asyncio.Event] | T], max_workers: int, client: httpx.AsyncClient
+        self, calls: AsyncGenerator[Call[asyncio.Event] | Exception], max_workers: int, client: httpx.AsyncClient
     ) -> None:
         self._calls = calls
         self._queue: WorkQueue[asyncio.Event] = WorkQueue(max_workers)
         self._tasks = _Tasks(self._queue, client)
-        self._pending: deque[Call[asyncio.Event] | T] = deque()
+        self._pending: deque[Call[asyncio.Event] | Exception] = deque()
         self._room = asyncio.Semaphore(self._queue.read_ahead)
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: self._tasks.progress.set())
@@ -66,7 +64,7 @@ class FinishInOrder(Generic[T]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Call[asyncio.Event] | T:
+    async def __anext__(self) -> Call[asyncio.Event] | Exception:
         while not self._pending:
             if self._reader.done():
                 self._reader.result()

@@ -3,21 +3,18 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextvars import copy_context
-from typing import Generic, Self, TypeVar
 
 import httpx
 
-from regolo_rerank._core.body import ReplyBody
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
+from regolo_rerank._wire.body import ReplyBody
 from regolo_rerank.errors import APIConnectionError
 
-__all__ = ["FinishInOrder", "finish"]
-
-T = TypeVar("T", bound=Exception)
+__all__ = ["finish", "finish_in_order"]
 
 
 def finish(call: Call[threading.Event], client: httpx.Client) -> None:
@@ -27,54 +24,43 @@ def finish(call: Call[threading.Event], client: httpx.Client) -> None:
     _Threads(queue, client).wait_for(call)
 
 
-class FinishInOrder(Generic[T]):
-    """Gives calls in their order, each when it is done; what could not become a call is passed through.
+def finish_in_order(
+    calls: Iterator[Call[threading.Event] | Exception], max_workers: int, client: httpx.Client
+) -> Generator[Call[threading.Event] | Exception]:
+    """Give calls in their order, each when it is done; what could not become a call is passed through.
 
     Args:
         calls: The calls, read in the caller's thread.
         max_workers: Requests in flight at most, over all calls.
         client: Sends them.
     """
-
-    def __init__(self, calls: Iterator[Call[threading.Event] | T], max_workers: int, client: httpx.Client) -> None:
-        self._calls = calls
-        self._queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
-        self._threads = _Threads(self._queue, client)
-        self._pending: deque[Call[threading.Event] | T] = deque()
-        self._has_more = True
-
-    def _read(self) -> None:
-        while self._has_more and self._wants_more():
-            call = next(self._calls, None)
-            if call is None:
-                self._has_more = False
-                return
-            self._pending.append(call)
-            if isinstance(call, Call):
-                self._queue.put(call)
-                self._threads.start()
-
-    def _wants_more(self) -> bool:
-        # Enough calls keep every worker busy; but nobody waits for a slow source while the next ranking is there.
-        ahead, enough = len(self._pending), self._queue.read_ahead
-        return ahead < enough and not (0 < ahead <= enough // 2 and _is_done(self._pending[0]))
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Call[threading.Event] | T:
-        self._read()
-        if not self._pending:
-            raise StopIteration
-        if isinstance(first := self._pending[0], Call):
-            self._threads.wait_for(first)
-        return self._pending.popleft()
-
-    def close(self) -> None:
-        """Give up what is under way."""
-        for call in self._pending:
+    queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
+    threads = _Threads(queue, client)
+    pending: deque[Call[threading.Event] | Exception] = deque()
+    has_more = True
+    try:
+        while has_more or pending:
+            while has_more and _wants_more(pending, queue.read_ahead):
+                call = next(calls, None)
+                if call is None:
+                    has_more = False
+                else:
+                    pending.append(call)
+                    if isinstance(call, Call):
+                        queue.put(call)
+                        threads.start()
+            if pending:
+                threads.wait_for(pending[0])
+                yield pending.popleft()
+    finally:
+        for call in pending:
             if isinstance(call, Call):
                 call.close()
+
+
+def _wants_more(pending: deque[Call[threading.Event] | Exception], read_ahead: int) -> bool:
+    # Enough calls keep every worker busy; but nobody waits for a slow source while the next ranking is there.
+    return len(pending) < read_ahead and not (0 < len(pending) <= read_ahead // 2 and _is_done(pending[0]))
 
 
 def _is_done(call: Call[threading.Event] | Exception) -> bool:
@@ -89,9 +75,9 @@ class _Threads:
         self._client = client
         self._progress = threading.Event()
 
-    def wait_for(self, call: Call[threading.Event]) -> None:
+    def wait_for(self, call: Call[threading.Event] | Exception) -> None:
         """Wait until a call is done."""
-        while not call.done.is_set():
+        while not _is_done(call):
             self.start()
             self._progress.wait()
             self._progress.clear()

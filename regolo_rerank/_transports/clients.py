@@ -123,22 +123,16 @@ async def _close_with_loop(client: httpx.AsyncClient) -> AsyncGenerator[None]:
 
 
 class _NoCookies(httpx.Cookies):
-    """Keeps nothing: to look for cookies in each reply takes a twelfth of a call."""
-
     def extract_cookies(self, response: httpx.Response) -> None:
-        pass
+        """Keep nothing: to look for cookies takes a twelfth of a call."""
 
 
-class _Cookieless:
-    cookies = _NoCookies()
+class _Client(httpx.Client):
+    cookies = _NoCookies()  # type: ignore[override]  # a property there, which nobody sets here
 
 
-class _Client(_Cookieless, httpx.Client):  # type: ignore[misc]  # a property there, which nobody sets here
-    pass
-
-
-class _AsyncClient(_Cookieless, httpx.AsyncClient):  # type: ignore[misc]  # the same
-    pass
+class _AsyncClient(httpx.AsyncClient):
+    cookies = _NoCookies()  # type: ignore[override]  # the same
 
 
 def _open_client(endpoint: Endpoint) -> httpx.Client:

@@ -36,6 +36,4 @@ def test_a_batch_that_is_handed_on_is_logged(rank: Rank, stub: Stub, caplog: pyt
     rank(RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=2), "q", texts(3))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
-    assert said[0].startswith(
-        "attempt 1 failed, next when there is room: RateLimitError: Limit type: max_parallel_requests"
-    )
+    assert said[0].startswith("attempt 1 failed, next when there is room: Limit type: max_parallel_requests")

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from regolo_rerank._cli.main import main
-from regolo_rerank._core import body, queue, retry
+from regolo_rerank._core import queue, retry
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._transports import clients
 from regolo_rerank._transports.local import answer
+from regolo_rerank._wire import body
 
 __all__ = [
     "allow_replies_of",
