@@ -5,12 +5,11 @@ argument of a single call is checked by the option that it stands in for.
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import httpx
 from pydantic import (
@@ -27,97 +26,29 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._wire.checks import (
+    API_KEY_VARIABLE,
+    check_base_url,
+    check_cache,
+    check_extra_body,
+    check_headers,
+    check_key,
+    check_text,
+    dump_key,
+    read_environment_key,
+)
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
 __all__ = ["API_KEY_VARIABLE", "Options"]
 
-API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
-
-
-def _check_base_url(base_url: str) -> str:
-    base_url = base_url.strip()
-    read_base_url(base_url)
-    return base_url
-
-
-def _read_secret(text: str) -> SecretStr:
-    text = text.strip()
-    for position, character in enumerate(text):
-        if not "!" <= character <= "~":
-            raise ValueError(
-                f"holds a character at position {position} that no API key has: space, control or non-ASCII"
-            )
-    return SecretStr(text)
-
-
-def _check_key(value: object) -> SecretStr | None:
-    if value is None:
-        return None
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()
-    if not isinstance(value, str):
-        raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
-    return _read_secret(value)
-
-
-def _read_environment_key() -> SecretStr:
-    try:
-        return _read_secret(os.environ.get(API_KEY_VARIABLE, ""))
-    except ValueError as error:
-        problem = f"{API_KEY_VARIABLE}: {error}"
-    raise InvalidInputError(problem)
-
-
-def _dump_key(key: SecretStr | None) -> str | None:
-    # "" is no secret but a decision: send none, whatever the environment has.
-    return "" if key is not None and not key.get_secret_value() else None
-
-
-def _check_cache(cache: object) -> object:
-    writable = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
-    if cache is not None and (isinstance(cache, type) or not writable):
-        raise ValueError("must be a mapping that can be written, such as a dict")
-    return cache
-
-
-def _check_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be blank")
-    return text
-
-
-def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
-    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
-        raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
-    try:
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
-        to_json(fields)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"must be plain JSON: {error}") from None
-    return fields
-
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
-
-
-def _check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    for name, value in headers.items():
-        if name.lower() in {"authorization", "proxy-authorization"}:
-            raise ValueError(f"must not hold {name}; a key goes into api_key")
-        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
-            raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
-    return headers
-
-
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
 """Eleven days at most: the clocks of sockets and threads end somewhere."""
-Text = Annotated[str, Field(strict=True), AfterValidator(_check_text)]
+Text = Annotated[str, Field(strict=True), AfterValidator(check_text)]
 
 
 class Options(BaseModel):
@@ -141,12 +72,12 @@ class Options(BaseModel):
 
     api_key: Annotated[
         SecretStr | str | None,
-        BeforeValidator(_check_key),
-        PlainSerializer(_dump_key, return_type=str | None),
+        BeforeValidator(check_key),
+        PlainSerializer(dump_key, return_type=str | None),
     ] = Field(default=None, kw_only=False)
     """API key; None takes the environment's `REGOLO_API_KEY` at each call, "" sends none."""
 
-    base_url: Annotated[str, AfterValidator(_check_base_url)] | None = None
+    base_url: Annotated[str, AfterValidator(check_base_url)] | None = None
     """Server, with or without `/v1` and `/rerank`; None takes `REGOLO_BASE_URL`, else `https://api.regolo.ai`.
     `local://` is the embedded endpoint: no key, no network."""
 
@@ -195,16 +126,16 @@ class Options(BaseModel):
     max_document_chars: Count | None = None
     """Characters of a document that are scored at most; the caller's document comes back whole."""
 
-    default_headers: Annotated[dict[str, str], AfterValidator(_check_headers)] | None = Field(default=None, repr=False)
+    default_headers: Annotated[dict[str, str], AfterValidator(check_headers)] | None = Field(default=None, repr=False)
     """Further HTTP headers, such as a gateway's tags; never the key."""
 
-    extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = None
+    extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
     """Further JSON fields of the request."""
 
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = Field(
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
     """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
@@ -276,7 +207,7 @@ class Options(BaseModel):
             if name in self.model_fields_set and (name == "scorer" or not field.exclude)
         }
         if "api_key" in kept:
-            kept["api_key"] = _dump_key(kept["api_key"])
+            kept["api_key"] = dump_key(kept["api_key"])
         return _rebuild, (type(self), kept)
 
     def for_call(self, **arguments: Any) -> Self:
@@ -334,7 +265,7 @@ class Options(BaseModel):
         """
         if endpoint.embedded:
             return None
-        key = self.api_key if isinstance(self.api_key, SecretStr) else _read_environment_key()
+        key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
         if not key.get_secret_value():
             if endpoint.demands_key:
                 raise MissingAPIKeyError(
