@@ -43,7 +43,7 @@ class RegoloClient(Reranker):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> client = RegoloClient(base_url="local://")
         >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
         [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]

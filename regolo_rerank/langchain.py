@@ -67,7 +67,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
         >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
         >>> reranker.compress_documents(documents, "capital of China")
@@ -167,7 +167,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
         other inputs.
 
-        Example:
+        Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
             >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
             'Pasta al pesto'

@@ -67,7 +67,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
             `RerankFallbackWarning` instead.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import TextNode
         >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
         >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score

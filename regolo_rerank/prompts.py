@@ -32,7 +32,7 @@ class PromptFormat(BaseModel):
     Raises:
         pydantic.ValidationError: A template lacks its placeholder, or holds the other's.
 
-    Example:
+    Examples:
         >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
         'D: < |x|>'
     """
