@@ -222,14 +222,14 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int
 
 
 def _bulk(source: str, out: str, **options: Any) -> int:
-    from regolo_rerank._cli.bulk import resumed
+    from regolo_rerank._cli.bulk import resume
     from regolo_rerank._display.progress import progress
 
     if out == "-":
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
     seen = sys.stderr is not None and sys.stderr.isatty()
     shown = seen and find_spec("tqdm") is not None
-    with _client(options) as client, _queries(source) as lines, resumed(client, lines, source, Path(out)) as run:
+    with _client(options) as client, _queries(source) as lines, resume(client, lines, source, Path(out)) as run:
         if seen and not shown:
             print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
         try:

@@ -1,0 +1,146 @@
+"""IN of `regolo-rerank bulk`: its lines, and the query that each of them holds."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.results import RerankResponse
+
+__all__ = ["Line", "Query", "encode", "is_about_pair", "parse_query", "read_lines"]
+
+_PAIR: Final = re.compile(r"^pairs\[\d+\]: ")
+"""How the client calls a query; in OUT.errors it has its line's number."""
+
+
+class Line(NamedTuple):
+    """A line of IN that is not blank.
+
+    Attributes:
+        number: Which line, from 1.
+        end: Bytes of IN up to its end.
+        raw: The line itself, without white space around it.
+    """
+
+    number: int
+    end: int
+    raw: bytes
+
+    def parse(self) -> dict[str, Any]:
+        """Return its fields."""
+        try:
+            fields = json.loads(self.raw.decode())
+        except (ValueError, RecursionError):
+            raise InvalidInputError("not JSON in UTF-8") from None
+        if not isinstance(fields, dict):
+            raise InvalidInputError("not a JSON object")
+        return fields
+
+    def encode_failure(self, error: RegoloError) -> bytes:
+        """Return the line of OUT.errors: this one with its number and error, so that it can be run again."""
+        try:
+            given = self.parse()
+        except InvalidInputError:
+            given = {"input": self.raw.decode(errors="backslashreplace")}
+        message = _PAIR.sub("", str(error)) if isinstance(error, InvalidInputError) else str(error)
+        report = {"type": type(error).__name__, "message": message}
+        known = {name: getattr(error, name, None) for name in ("status_code", "request_id")}
+        report |= {name: value for name, value in known.items() if value}
+        # What an earlier run has added gives way.
+        kept = {name: value for name, value in given.items() if name not in {"line", "error"}}
+        return encode({"line": self.number, "error": report, **kept})
+
+    def is_answered_by(self, ranking: dict[str, Any]) -> bool:
+        """Return whether a line of OUT has this one's id, and its documents' ids where it names them."""
+        try:
+            fields = self.parse()
+            ids = _get_ids(fields["documents"])
+            named = [(result["index"], result.get("id")) for result in ranking["results"]]
+            return _is_same(fields["id"], ranking["id"]) and all(_is_same(ids[index], name) for index, name in named)
+        except (InvalidInputError, LookupError, TypeError, AttributeError):
+            return False
+
+    def is_reported_by(self, failure: dict[str, Any]) -> bool:
+        """Return whether a line of OUT.errors has this one's id, where there is one."""
+        with suppress(InvalidInputError):
+            return _is_same(self.parse().get("id"), failure.get("id"))
+        return True
+
+
+class Query(NamedTuple):
+    """A line of IN under way, without the texts, which are the client's now."""
+
+    line: Line
+    id: Any = None
+    document_ids: list[Any] = []  # noqa: RUF012 - of a line that is refused; nobody changes it
+    refusal: InvalidInputError | None = None
+
+    def encode_ranking(self, response: RerankResponse) -> bytes:
+        """Return the line of OUT."""
+        results = []
+        for result in response.results:
+            fields = {"index": result.index, "relevance_score": result.relevance_score}
+            name = self.document_ids[result.index]
+            results.append(fields if name is None else fields | {"id": name})
+        return encode({"id": self.id, "results": results})
+
+
+def encode(fields: dict[str, Any]) -> bytes:
+    """Return a line of JSON."""
+    # ASCII: no character in it ends a line for any reader, and half a surrogate pair stays what it is.
+    return json.dumps(fields).encode() + b"\n"
+
+
+def read_lines(source: BinaryIO) -> Iterator[Line]:
+    """Yield the lines of IN that are not blank."""
+    end = 0
+    for number, raw in enumerate(source, 1):
+        end += len(raw)
+        if text := raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
+            yield Line(number, end, text)
+
+
+def parse_query(line: Line) -> tuple[Query, tuple[str, list[str]]]:
+    """Return the query of a line, and what the client ranks; for a line that is refused here, what it refuses too."""
+    try:
+        fields = line.parse()
+        name, query, documents = (_require(fields, key) for key in ("id", "query", "documents"))
+        texts = _get_texts(documents)
+    except InvalidInputError as error:
+        return Query(line, refusal=error), ("", [])
+    return Query(line, name, _get_ids(documents)), (query, texts)
+
+
+def is_about_pair(error: RegoloError) -> bool:
+    """Return whether the client refused a query before it sent anything; its other refusals are those of an option."""
+    return isinstance(error, InvalidInputError) and bool(_PAIR.match(str(error)))
+
+
+def _require(fields: dict[str, Any], name: str) -> Any:
+    if fields.get(name) is None:
+        raise InvalidInputError(f'no field "{name}"')
+    return fields[name]
+
+
+def _get_texts(documents: Any) -> list[str]:
+    if not isinstance(documents, list):
+        raise InvalidInputError("documents: must be a list of strings or objects")
+    return [_get_text(index, document) for index, document in enumerate(documents)]
+
+
+def _get_text(index: int, document: Any) -> str:
+    text = document.get("text") if isinstance(document, dict) else document
+    if not isinstance(text, str):
+        raise InvalidInputError(f'documents[{index}]: must be a string, or an object with a string in its field "text"')
+    return text
+
+
+def _get_ids(documents: list[Any]) -> list[Any]:
+    return [document.get("id") if isinstance(document, dict) else None for document in documents]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return json.dumps(one) == json.dumps(other)

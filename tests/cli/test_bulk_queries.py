@@ -1,0 +1,94 @@
+import io
+import json
+import sys
+
+import pytest
+
+from regolo_rerank._cli.main import main
+from tests.support.bulk import COUNT, Files, query, ranking, read
+from tests.support.stub import Stub
+
+
+def test_a_line_is_what_a_line_feed_ends(files: Files) -> None:
+    """BOM, CRLF, blank lines and a missing last line feed are no part of a query; no other character ends a line."""
+    strange = "one\u2028two\x85three\u2029\\nfour è \\ud800 \x7f"
+    text = '\ufeff{"id": "%s", "query": "q", "documents": ["a %s"]}\r\n\r\n \t\n'
+    last = '{"id": {"x": [1, NaN]}, "query": "q", "documents": []}'
+    files.given.write_bytes((text.replace("%s", strange) + last).encode())
+    assert files.run("--local") == 0
+    lines = files.out.read_bytes()
+    assert lines.isascii()
+    assert len(lines.decode().splitlines()) == 2
+    assert read(files.out)[0]["id"] == json.loads(f'"{strange}"')
+    assert files.out.read_text().endswith('{"id": {"x": [1, NaN]}, "results": []}\n')
+    finished = files.contents()
+    assert files.run("--local") == 0
+    assert files.contents() == finished
+
+
+REFUSED: list[tuple[bytes, str]] = [
+    (b"nonsense", "not JSON in UTF-8"),
+    (b'{"id": 1, "query": "caf\xe9", "documents": []}', "not JSON in UTF-8"),
+    (b"[" * 100_000, "not JSON in UTF-8"),
+    (b'["id", "query", "documents"]', "not a JSON object"),
+    (b'{"query": "q", "documents": []}', 'no field "id"'),
+    (b'{"id": null, "query": "q", "documents": []}', 'no field "id"'),
+    (b'{"id": 1, "documents": []}', 'no field "query"'),
+    (b'{"id": 1, "query": "q"}', 'no field "documents"'),
+    (b'{"id": 1, "query": " ", "documents": ["a"]}', "query: must not be blank"),
+    (b'{"id": 1, "query": 7, "documents": ["a"]}', "query: must be a string, got int"),
+    (b'{"id": 1, "query": "q", "documents": "a"}', "documents: must be a list of strings or objects"),
+    (b'{"id": 1, "query": "q", "documents": ["a", {"id": 2}]}', "documents[1]: must be a string, or an object with"),
+    (b'{"id": 1, "query": "q", "documents": [null]}', "documents[0]: must be a string, or an object with"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED)
+def test_a_line_that_is_no_query_is_a_line_of_errors(line: bytes, said: str, at_stub: Stub, files: Files) -> None:
+    """It stands there whole with its number and what is wrong, nothing is sent for it, and all others are ranked."""
+    files.write(query(0), b"", line, query(1))
+    assert files.run() == 1
+    assert read(files.out) == [ranking(0), ranking(1)]
+    (failure,) = read(files.errors)
+    assert (failure.pop("line"), failure["error"]["type"]) == (3, "InvalidInputError")
+    assert failure.pop("error")["message"].startswith(said)
+    shown = line.decode(errors="backslashreplace")
+    assert failure in ({"input": shown}, json.loads(shown) if "not JSON" not in said else None)
+    assert len(at_stub.received) == 2
+
+
+def test_what_is_never_sent_needs_no_service(at_stub: Stub, files: Files) -> None:
+    """Nothing is sent for an input of lines that are no queries, or have nothing to rank."""
+    files.write(*[b"nonsense", {**query(0), "documents": []}, {**query(1), "query": " "}] * 9)
+    assert files.run() == 1
+    assert (len(read(files.out)), len(read(files.errors))) == (9, 18)
+    assert at_stub.received == []
+
+
+@pytest.mark.parametrize("lines", [b"", b"\xef\xbb\xbf\r\n\n  "])
+def test_an_input_without_queries_gives_an_empty_output(lines: bytes, files: Files) -> None:
+    """That is no failure, and OUT is there."""
+    files.given.write_bytes(lines)
+    assert files.run("--local") == 0
+    assert files.contents() == (b"", b"")
+    assert files.out.exists()
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, lines: bytes) -> None:
+    """Put bytes on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
+
+
+def test_standard_input_is_an_input_too(at_stub: Stub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-` reads it, and goes on by it just the same."""
+    lines = files.given.read_bytes()
+    stdin(monkeypatch, b"".join(lines.splitlines(keepends=True)[:7]))
+    arguments = ["bulk", "-", str(files.out)]
+    assert main(arguments) == 0
+    stdin(monkeypatch, lines)
+    assert main(arguments) == 0
+    assert read(files.out) == [ranking(number) for number in range(COUNT)]
+    assert len(at_stub.received) == COUNT
+    with files.out.open() as opened:
+        monkeypatch.setattr(sys, "stdin", opened)
+        assert main(arguments) == 2
