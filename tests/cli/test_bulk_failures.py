@@ -2,7 +2,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
