@@ -4,14 +4,14 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import httpx
 
-from regolo_rerank._cli.output import OutputFile, StoppedError, lock, skip_finished
+from regolo_rerank._cli.output import Output, StoppedError
 from regolo_rerank._cli.queries import Line, Query, is_about_pair, parse_query, read_lines
 from regolo_rerank._display.progress import Advance
 from regolo_rerank.client import RegoloClient
@@ -41,15 +41,15 @@ class BulkRun:
         at: Bytes of IN that are behind the run.
     """
 
-    def __init__(self, source: BinaryIO, name: str, out: OutputFile, errors: OutputFile) -> None:
+    def __init__(self, source: BinaryIO, name: str, output: Output) -> None:
         self._name = name
-        self._out = out
-        self._errors = errors
-        self.at, self._todo = skip_finished(read_lines(source), name, out, errors)
+        self._output = output
+        self._todo = read_lines(source)
+        self.at = output.skip_finished(self._todo, name)
         status = _stat(source)
         self.size = status.st_size if status and stat.S_ISREG(status.st_mode) else None
-        self._before = (out.count, errors.count)
-        self._held: list[tuple[OutputFile, Line, bytes]] = []
+        self._before = (output.ranked, output.failed)
+        self._held: list[tuple[Callable[[Line, bytes], None], Line, bytes]] = []
         self._doubtful = False
         self._tokens = 0
         self._requests = 0
@@ -58,15 +58,15 @@ class BulkRun:
     @property
     def failed(self) -> int:
         """How many lines OUT.errors has."""
-        return self._errors.count
+        return self._output.failed
 
     def __str__(self) -> str:
         """Say what has been done."""
-        ranked, failed = self._out.count - self._before[0], self._errors.count - self._before[1]
+        ranked, failed = self._output.ranked - self._before[0], self._output.failed - self._before[1]
         before = sum(self._before)
         tokens = f" and {self._tokens:,} tokens" if self._tokens else ""
         finished = f", {before:,} finished before" if before else ""
-        seen = f" (see {self._errors.path})" if self._errors.count else ""
+        seen = f" (see {self._output.errors_path})" if self._output.failed else ""
         return (
             f"{ranked:,} ranked with {self._requests:,} requests{tokens}, {failed:,} failed{seen}{finished}; "
             f"{time.monotonic() - self._started:.1f} s"
@@ -104,14 +104,14 @@ class BulkRun:
 
     def _finish(self, query: Query, outcome: RerankResponse | RegoloError, client: RegoloClient) -> None:
         if isinstance(outcome, RerankResponse):
-            self._held.append((self._out, query.line, query.encode_ranking(outcome)))
+            self._held.append((self._output.add_ranking, query.line, query.encode_ranking(outcome)))
             self._requests += outcome.usage.requests
             self._tokens += outcome.usage.total_tokens or 0
         else:
             error = query.refusal or outcome
             if _would_recur(error):
                 raise self._stop(error, query.line)
-            self._held.append((self._errors, query.line, query.line.encode_failure(error)))
+            self._held.append((self._output.add_failure, query.line, query.line.encode_failure(error)))
             self._doubtful |= query.refusal is None and not is_about_pair(error)
         if self._doubtful and len(self._held) == _HELD:
             self._probe(client)
@@ -129,8 +129,8 @@ class BulkRun:
         self._doubtful = False
 
     def _write(self) -> None:
-        for file, _, line in self._held:
-            file.add(line)
+        for add, line, written in self._held:
+            add(line, written)
         self._held.clear()
 
     def _stop(self, error: RegoloError, line: Line) -> StoppedError:
@@ -161,26 +161,18 @@ def resume(client: RegoloClient, source: BinaryIO, name: str, path: Path) -> Ite
         client: Who will rank.
         source: IN: one JSON object a line, with `id`, `query` and `documents`.
         name: What it is called.
-        path: OUT; OUT.errors stands beside it.
+        path: OUT; OUT.errors and OUT.state stand beside it.
 
     Raises:
         InvalidInputError: OUT cannot be written, is being written, is IN, or belongs to another one.
         MissingAPIKeyError: The host demands a key, and there is none.
     """
     client.rerank_many(())  # refuses a key before any file is touched
-    out, errors = OutputFile(path, "id", "results"), OutputFile(Path(f"{path}.errors"), "line", "error")
-    given = _stat(source)
+    output = Output(path)
     with ExitStack() as files:
         try:
-            for file in (out, errors):
-                if file.path.exists():
-                    if not file.path.is_file():
-                        raise InvalidInputError(f"{file.path}: OUT must be a file")
-                    if given and os.path.samestat(given, file.path.stat()):
-                        raise InvalidInputError(f"{file.path}: is the input too; name another OUT")
-                files.enter_context(closing(file))
-            files.enter_context(lock(path))
-            run = BulkRun(source, name, out, errors)
+            files.enter_context(output.open(_stat(source)))
+            run = BulkRun(source, name, output)
         except OSError as error:
             raise InvalidInputError(f"{error.filename or name}: {error.strerror}") from None
         yield run

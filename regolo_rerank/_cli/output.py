@@ -1,16 +1,16 @@
-"""OUT and OUT.errors of `regolo-rerank bulk`: how far they reach, and what is added to them.
+"""What `regolo-rerank bulk` writes: OUT, OUT.errors, and OUT.state, which says what the other two hold.
 
-What is finished is always a beginning of IN: each of its lines is one line of OUT or of OUT.errors, in IN's order. So
-the files themselves say where to go on, and all that is ever taken back is a line that was cut short.
+What is finished is always a beginning of IN. Each of its lines is one line of OUT.state, and one of OUT or OUT.errors,
+in IN's order. That of OUT.state is written first: whatever ends a run, it is one line ahead of the others at most.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Final
 
 from regolo_rerank._cli.queries import Line
 from regolo_rerank.errors import InvalidInputError, RegoloError
@@ -18,59 +18,185 @@ from regolo_rerank.errors import InvalidInputError, RegoloError
 if TYPE_CHECKING:
     from io import FileIO
 
-__all__ = ["OutputFile", "StoppedError", "lock", "skip_finished"]
+__all__ = ["Output", "StoppedError"]
+
+_RANKED: Final = b"+"
+_FAILED: Final = b"-"
+"""How a line of OUT.state begins; the digest of the line of IN follows."""
+_LOST: Final = RegoloError("failed in an earlier run, and what was said then is lost")
 
 
 class StoppedError(RegoloError):
     """The run ended before its input, because of what no query is to blame for; it goes on when it is run again."""
 
 
-class OutputFile:
-    """OUT or OUT.errors: the whole lines that it has, and those that are added.
+class Output:
+    """OUT with the files beside it.
 
     Attributes:
-        path: The file.
-        count: How many lines there are.
+        path: OUT.
+        errors_path: OUT.errors.
     """
 
-    def __init__(self, path: Path, first: str, second: str) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.errors_path = Path(f"{path}.errors")
+        self._out = _File(path, b'{"id": ')
+        self._errors = _File(self.errors_path, b'{"line": ')
+        self._state = _File(Path(f"{path}.state"), _RANKED, _FAILED)
+        # OUT.state is cut last, as it has to know all that the others hold.
+        self._files = (self._errors, self._out, self._state)
+
+    @property
+    def ranked(self) -> int:
+        """How many lines OUT has."""
+        return self._out.count
+
+    @property
+    def failed(self) -> int:
+        """How many lines OUT.errors has."""
+        return self._errors.count
+
+    @contextmanager
+    def open(self, given: os.stat_result | None) -> Iterator[None]:
+        """Keep other runs from the files.
+
+        Args:
+            given: The status of IN, where it has one.
+
+        Raises:
+            InvalidInputError: OUT is no file, is IN, or is being written.
+        """
+        for file in self._files:
+            if file.path.exists():
+                if not file.path.is_file():
+                    raise InvalidInputError(f"{file.path}: OUT must be a file")
+                if given and os.path.samestat(given, file.path.stat()):
+                    raise InvalidInputError(f"{file.path}: is the input too; name another OUT")
+        with _lock(self.path):
+            try:
+                yield
+            finally:
+                for file in self._files:
+                    file.close()
+
+    def skip_finished(self, lines: Iterator[Line], name: str) -> int:
+        """Take the lines that are finished out of IN, and take back what was written by half.
+
+        Args:
+            lines: The lines of IN.
+            name: What IN is called.
+
+        Returns:
+            The bytes of IN up to the end of what is finished.
+
+        Raises:
+            InvalidInputError: The files belong to another IN, or to nobody knows which; they are not touched.
+        """
+        at = failed = 0
+        finished = self._count_finished()
+        with TemporaryFile() as lost:
+            for entry in islice(self._state.read_lines(), finished):
+                line = next(lines, None)
+                if line is None:
+                    raise self._refuse(f"{name}: ends before what is finished")
+                if entry[1:-1] != line.digest():
+                    raise self._refuse(f"{name}, line {line.number}: is not what stood there before")
+                if entry.startswith(_FAILED):
+                    failed += 1
+                    if failed > self._errors.kept:
+                        lost.write(line.encode_failure(_LOST))
+                at = line.end
+            for file in self._files:
+                file.cut()
+            lost.seek(0)
+            for failure in lost:
+                self._errors.add(failure)
+        return at
+
+    def _count_finished(self) -> int:
+        """Return how many lines of IN are finished, and keep what the files have of them."""
+        finished = 0
+        entries = {_RANKED: (self._out, self._out.read_lines()), _FAILED: (self._errors, self._errors.read_lines())}
+        reach_end = [self._out, self._errors]
+        for number, entry in enumerate(self._state.read_lines(), 1):
+            file, written = entries[entry[:1]]
+            if next(written, None) is not None:
+                if self.ranked:  # where OUT was removed, all starts anew
+                    finished = number
+                    for each in self._files:
+                        each.keep()
+            elif file is self._out:
+                reach_end.clear()  # failures behind the last ranking are tried again
+                break
+            elif file in reach_end:
+                reach_end.remove(file)
+        for file in reach_end:
+            if file.goes_on():
+                raise InvalidInputError(
+                    f"{file.path}, line {file.count + 1}: not in {self._state.path}, so nobody knows what was "
+                    f"ranked; name another OUT, or remove what stands there"
+                )
+        return finished
+
+    def _refuse(self, problem: str) -> InvalidInputError:
+        return InvalidInputError(f"{problem}; name another OUT, or remove {self.path} to start anew")
+
+    def add_ranking(self, line: Line, ranking: bytes) -> None:
+        """Add a line to OUT."""
+        self._state.add(_RANKED + line.digest() + b"\n")
+        self._out.add(ranking)
+
+    def add_failure(self, line: Line, failure: bytes) -> None:
+        """Add a line to OUT.errors."""
+        self._state.add(_FAILED + line.digest() + b"\n")
+        self._errors.add(failure)
+
+
+class _File:
+    """A file of whole lines, to which more are added.
+
+    Attributes:
+        path: Where it is.
+        count: How many lines were read or added.
+        kept: How many of those that were read stay.
+    """
+
+    def __init__(self, path: Path, *beginnings: bytes) -> None:
         self.path = path
         self.count = 0
-        self._begins = f'{{"{first}": '.encode()
-        self._second = second
+        self.kept = 0
+        self._beginnings = beginnings
         self._end = 0
-        self._is_cut = False
+        self._kept_end = 0
         self._file: FileIO | None = None
 
-    def read_lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole lines."""
+    def read_lines(self) -> Iterator[bytes]:
+        """Yield the whole lines, from the first; half a one at the end is none."""
+        self.count = self._end = 0
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             for raw in file:
-                self._is_cut = not raw.endswith(b"\n")
-                if self._is_cut and self._may_be_ours(raw):
-                    return
-                yield self._parse(raw)
-                self.count += 1
-                self._end += len(raw)
+                if not any(begins.startswith(raw[: len(begins)]) for begins in self._beginnings):
+                    raise InvalidInputError(
+                        f"{self.path}, line {self.count + 1}: not written by this command; name another OUT"
+                    )
+                if raw.endswith(b"\n"):
+                    self.count += 1
+                    self._end += len(raw)
+                    yield raw
 
-    def _may_be_ours(self, raw: bytes) -> bool:
-        """Return whether what was cut short began as a line of this file."""
-        if not raw.startswith(self._begins):
-            return self._begins.startswith(raw)
-        with suppress(ValueError, RecursionError):  # all but its line feed may be there
-            return self._second in json.loads(raw)
-        return True
+    def goes_on(self) -> bool:
+        """Return whether there is anything behind the lines that were read."""
+        return self.path.exists() and self.path.stat().st_size > self._end
 
-    def _parse(self, raw: bytes) -> dict[str, Any]:
-        with suppress(ValueError, RecursionError):
-            fields = json.loads(raw)
-            if isinstance(fields, dict) and not self._is_cut:
-                return fields
-        raise InvalidInputError(f"{self.path}, line {self.count + 1}: not written by this command; name another OUT")
+    def keep(self) -> None:
+        """Remember that what was read so far stays."""
+        self.kept, self._kept_end = self.count, self._end
 
     def cut(self) -> None:
-        """Take back half a line at the end."""
-        if self._is_cut:
+        """Take back all but what stays."""
+        self.count, self._end = self.kept, self._kept_end
+        if self.goes_on():
             os.truncate(self.path, self._end)
 
     def add(self, line: bytes) -> None:
@@ -90,53 +216,8 @@ class OutputFile:
             self._file.close()
 
 
-def skip_finished(lines: Iterator[Line], name: str, out: OutputFile, errors: OutputFile) -> tuple[int, Iterator[Line]]:
-    """Walk IN beside what is finished.
-
-    Args:
-        lines: The lines of IN.
-        name: What IN is called.
-        out: OUT; half a line at its end is taken back.
-        errors: OUT.errors, just the same.
-
-    Returns:
-        The bytes of IN that are finished, and the lines that are not.
-
-    Raises:
-        InvalidInputError: The files belong to another IN; they are not touched.
-    """
-
-    def refuse(file: OutputFile) -> InvalidInputError:
-        return InvalidInputError(
-            f"{file.path}, line {file.count + 1}: does not belong to {name}; name another OUT, or remove {out.path} "
-            f"and {errors.path} to start anew"
-        )
-
-    at = 0
-    rankings, failures = out.read_lines(), errors.read_lines()
-    failure = next(failures, None)
-    for line in lines:
-        if failure is not None and failure.get("line") == line.number:
-            if not line.is_reported_by(failure):
-                raise refuse(errors)
-            failure = next(failures, None)
-        elif (ranking := next(rankings, None)) is None:
-            lines = chain([line], lines)
-            break
-        elif not line.is_answered_by(ranking):
-            raise refuse(out)
-        at = line.end
-    if next(rankings, None) is not None:
-        raise refuse(out)
-    if failure is not None:
-        raise refuse(errors)
-    out.cut()
-    errors.cut()
-    return at, lines
-
-
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """Keep other runs from a file, which is there from now on."""
     with path.open("ab") as file:
         with suppress(ImportError):  # as on Windows

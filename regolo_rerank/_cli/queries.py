@@ -1,10 +1,10 @@
 """IN of `regolo-rerank bulk`: its lines, and the query that each of them holds."""
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from regolo_rerank.errors import InvalidInputError, RegoloError
@@ -29,6 +29,10 @@ class Line(NamedTuple):
     end: int
     raw: bytes
 
+    def digest(self) -> bytes:
+        """Return 16 hexadecimal digits that another line, or this one in another place, does not have."""
+        return hashlib.blake2b(b"%d %b" % (self.number, self.raw), digest_size=8).hexdigest().encode()
+
     def parse(self) -> dict[str, Any]:
         """Return its fields."""
         try:
@@ -52,22 +56,6 @@ class Line(NamedTuple):
         # What an earlier run has added gives way.
         kept = {name: value for name, value in given.items() if name not in {"line", "error"}}
         return encode({"line": self.number, "error": report, **kept})
-
-    def is_answered_by(self, ranking: dict[str, Any]) -> bool:
-        """Return whether a line of OUT has this one's id, and its documents' ids where it names them."""
-        try:
-            fields = self.parse()
-            ids = _get_ids(fields["documents"])
-            named = [(result["index"], result.get("id")) for result in ranking["results"]]
-            return _is_same(fields["id"], ranking["id"]) and all(_is_same(ids[index], name) for index, name in named)
-        except (InvalidInputError, LookupError, TypeError, AttributeError):
-            return False
-
-    def is_reported_by(self, failure: dict[str, Any]) -> bool:
-        """Return whether a line of OUT.errors has this one's id, where there is one."""
-        with suppress(InvalidInputError):
-            return _is_same(self.parse().get("id"), failure.get("id"))
-        return True
 
 
 class Query(NamedTuple):
@@ -140,7 +128,3 @@ def _get_text(index: int, document: Any) -> str:
 
 def _get_ids(documents: list[Any]) -> list[Any]:
     return [document.get("id") if isinstance(document, dict) else None for document in documents]
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return json.dumps(one) == json.dumps(other)

@@ -88,6 +88,12 @@ def errors_of(files: Files) -> list[str]:
     return [str(files.errors), str(files.out)]
 
 
+def state_of(files: Files) -> list[str]:
+    """Name the OUT.state of OUT as IN."""
+    files.state.write_bytes(files.given.read_bytes())
+    return [str(files.state), str(files.out)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -100,6 +106,7 @@ def errors_of(files: Files) -> list[str]:
         (folder, "OUT must be a file"),
         (link, "is the input too"),
         (errors_of, "rankings.jsonl.errors: is the input too"),
+        (state_of, "rankings.jsonl.state: is the input too"),
         (lambda files: [str(files.given), str(files.out), "--json"], "unknown argument --json"),
         (lambda files: [str(files.given), str(files.out), f"--key={KEY}"], "unknown argument --key "),
         (lambda files: [str(files.given), str(files.out), "--api-key", KEY], "REGOLO_API_KEY only"),

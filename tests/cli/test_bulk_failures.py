@@ -68,16 +68,17 @@ def test_failures_stay_in_the_order_of_the_input(at_stub: Stub, files: Files, mo
     order = [(number * 7 + number // 5) % 5 for number in range(60)]
     files.write(*(kinds[kind] for kind in order))
     written: list[Path] = []
-    add = output.OutputFile.add
+    add = output._File.add
 
-    def recorded(file: output.OutputFile, line: bytes) -> None:
+    def recorded(file: output._File, line: bytes) -> None:
         written.append(file.path)
         add(file, line)
 
-    monkeypatch.setattr(output.OutputFile, "add", recorded)
+    monkeypatch.setattr(output._File, "add", recorded)
     at_stub.reply = failing(lambda number: number == 50, error("broken", 500))
     assert files.run() == 1
-    assert written == [files.errors if kind in {0, 3} else files.out for kind in order]
+    assert written[::2] == [files.state] * len(order)
+    assert written[1::2] == [files.errors if kind in {0, 3} else files.out for kind in order]
     assert [line["line"] for line in read(files.errors)] == [n for n, kind in enumerate(order, 1) if kind in {0, 3}]
     names = {1: "id-90", 2: "id-91", 4: "id-51"}
     assert [line["id"] for line in read(files.out)] == [names[kind] for kind in order if kind in names]

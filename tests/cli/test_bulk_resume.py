@@ -21,9 +21,9 @@ def test_a_run_that_was_stopped_at_any_byte_ends_the_same(files: Files) -> None:
     assert files.run("--local") == 1
     whole = files.contents()
     written: list[tuple[Path, bytes]] = []
-    lines = {files.out: iter(whole[0].splitlines(True)), files.errors: iter(whole[1].splitlines(True))}  # noqa: FBT003 - the builtin's only argument
+    lines = {file: iter(content(file).splitlines(keepends=True)) for file in (files.out, files.errors, files.state)}
     for file in (files.out, files.errors, files.errors, files.out, files.errors, files.out):
-        written += [(file, bytes([byte])) for byte in next(lines[file])]
+        written += [(each, bytes([byte])) for each in (files.state, file) for byte in next(lines[each])]
     for stop in range(0, len(written), 7):
         for file in lines:
             file.unlink(missing_ok=True)
@@ -115,60 +115,121 @@ def test_nothing_left_to_do(
     assert f", {5 + status} finished before; " in capsys.readouterr().err
 
 
+BLANKED = [query(number) | ({"query": " "} if number in {1, 4} else {}) for number in range(COUNT)]
+"""An IN of which the second line and the fifth fail."""
+
+
 def changed(number: int, **fields: Any) -> list[Any]:
-    """Return IN with another line in one place."""
-    return [query(n) | (fields if n == number else {}) for n in range(COUNT)]
+    """Return it with another line in one place."""
+    return [line | (fields if n == number else {}) for n, line in enumerate(BLANKED)]
+
+
+OTHER = "is not what stood there before; name another OUT, or remove "
+UNKNOWN = "so nobody knows what was ranked; name another OUT, or remove what stands there"
+FOREIGN = "not written by this command; name another OUT"
 
 
 @pytest.mark.parametrize(
-    ("lines", "out", "errors", "said"),
+    ("lines", "said"),
     [
-        (changed(2, id="id-3"), None, None, "rankings.jsonl, line 2: does not belong to"),
-        (changed(4, id="other"), None, None, "rankings.jsonl.errors, line 2: does not belong to"),
-        (changed(5, documents=["a", {"id": "d6", "text": "b"}]), None, None, "rankings.jsonl, line 4: does not"),
-        (changed(5, documents=["a"]), None, None, "rankings.jsonl, line 4: does not belong to"),
-        (changed(2)[:9], None, None, "rankings.jsonl, line 8: does not belong to"),
-        (changed(2)[:4], None, None, "rankings.jsonl, line 4: does not belong to"),
-        ([b"nonsense", *changed(2)[1:]], None, None, "rankings.jsonl, line 1: does not belong to"),
-        (None, b"", None, "rankings.jsonl.errors, line 1: does not belong to"),
-        (None, None, b"", "rankings.jsonl, line 2: does not belong to"),
-        (None, b'{"id": "id-0", "results": []}\n{"id": "id-1"}\n', b"", "rankings.jsonl, line 2: does not belong to"),
-        (None, b"notes\n", None, "rankings.jsonl, line 1: not written by this command"),
-        (None, b"notes without end", b"", "rankings.jsonl, line 1: not written by this command"),
-        (None, b"[]", b"", "rankings.jsonl, line 1: not written by this command"),
-        (None, b"[1]\n", b"", "rankings.jsonl, line 1: not written by this command"),
-        (None, None, b'{"id": 1', "rankings.jsonl.errors, line 1: not written by this command"),
-        (None, b'{"id": "id-0", "query": "q"}', b"", "rankings.jsonl, line 1: not written by this command"),
-        (None, None, b'{"line": 3, "text": "notes"}', "rankings.jsonl.errors, line 1: not written by this command"),
+        (changed(2, id="id-3"), f"queries.jsonl, line 3: {OTHER}"),
+        (changed(2, query="q3"), f"queries.jsonl, line 3: {OTHER}"),
+        (changed(4, id="other"), f"queries.jsonl, line 5: {OTHER}"),
+        (changed(5, documents=["a", {"id": "d5", "text": "b"}]), f"queries.jsonl, line 6: {OTHER}"),
+        ([b"nonsense", *BLANKED[1:]], f"queries.jsonl, line 1: {OTHER}"),
+        ([BLANKED[0], b"", *BLANKED[1:]], f"queries.jsonl, line 3: {OTHER}"),
+        (BLANKED[:9], "queries.jsonl: ends before what is finished; name another OUT, or remove "),
+        ([], "queries.jsonl: ends before what is finished; name another OUT, or remove "),
+    ],
+    ids=["id", "query", "failed", "documents", "nonsense", "blank", "shorter", "empty"],
+)
+def test_another_input_is_refused(
+    lines: list[Any], said: str, at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a finished line is another one now, all is refused as it is; and with OUT removed, all is ranked anew."""
+    files.write(*BLANKED)
+    assert files.run() == 1
+    files.write(*lines)
+    refuse(files, said, at_stub, capsys)
+    files.out.unlink()
+    files.run()
+    ranked = [line["id"] for line in lines if isinstance(line, dict) and line["query"] != " "]
+    assert [line["id"] for line in read(files.out)] == ranked
+
+
+@pytest.mark.parametrize(
+    ("replaced", "said"),
+    [
+        ({"state": b""}, f"rankings.jsonl, line 1: not in {{state}}, {UNKNOWN}"),
+        ({"state": b"", "out": b'{"id": 1, "query": "q"}'}, f"rankings.jsonl, line 1: not in {{state}}, {UNKNOWN}"),
+        ({"state": b"", "out": b""}, f"rankings.jsonl.errors, line 1: not in {{state}}, {UNKNOWN}"),
+        ({"state": 9}, f"rankings.jsonl, line 8: not in {{state}}, {UNKNOWN}"),
+        ({"state": 4}, f"rankings.jsonl, line 4: not in {{state}}, {UNKNOWN}"),
+        ({"state": b"notes"}, f"rankings.jsonl.state, line 1: {FOREIGN}"),
+        ({"state": b"+\n"}, f"rankings.jsonl, line 2: not in {{state}}, {UNKNOWN}"),
+        ({"out": b"notes\n"}, f"rankings.jsonl, line 1: {FOREIGN}"),
+        ({"out": b"notes without end"}, f"rankings.jsonl, line 1: {FOREIGN}"),
+        ({"out": b"[]"}, f"rankings.jsonl, line 1: {FOREIGN}"),
+        ({"errors": b'{"id": 1'}, f"rankings.jsonl.errors, line 1: {FOREIGN}"),
+        ({"errors": b'{"line": 2}\n{"line": 5}\n{"line": 7}\n'}, "rankings.jsonl.errors, line 3: not in {state}, "),
+        ({"errors": b'{"line": 2}\n{"line": 5}\n{"l'}, "rankings.jsonl.errors, line 3: not in {state}, "),
     ],
 )
-def test_the_output_of_another_input_is_refused(
-    lines: list[Any] | None,
-    out: bytes | None,
-    errors: bytes | None,
-    said: str,
-    at_stub: Stub,
-    files: Files,
-    capsys: pytest.CaptureFixture[str],
+def test_files_that_do_not_fit_together_are_refused(
+    replaced: dict[str, bytes | int], said: str, at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2 in one line, nothing is sent, and no file is touched."""
-    files.write(*[line if n not in {1, 4} else {**line, "query": " "} for n, line in enumerate(changed(-1))])
+    """What OUT.state does not know stays as it is, and so does what this command has not written."""
+    files.write(*BLANKED)
     assert files.run() == 1
-    at_stub.received.clear()
+    for name, value in replaced.items():
+        file: Path = getattr(files, name)
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:value]) if isinstance(value, int) else value)
+    refuse(files, said.format(state=files.state), at_stub, capsys)
+
+
+def refuse(files: Files, said: str, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    """See status 2 in one line, nothing sent, and no file touched."""
+    stub.received.clear()
     capsys.readouterr()
-    if lines is not None:
-        files.write(*lines)
-    for file, replaced in ((files.out, out), (files.errors, errors)):
-        if replaced is not None:
-            file.write_bytes(replaced)
-    before = (files.contents(), files.out.stat().st_mtime_ns, files.errors.stat().st_mtime_ns)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files.given.parent.iterdir()}
     assert files.run() == 2
-    assert (files.contents(), files.out.stat().st_mtime_ns, files.errors.stat().st_mtime_ns) == before
-    assert at_stub.received == []
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files.given.parent.iterdir()} == before
+    assert stub.received == []
     printed = capsys.readouterr()
     assert printed.out == ""
     assert said in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lost", [0, 1, 20, -2, -1])
+def test_the_end_of_errors_is_not_lost_for_good(lost: int, at_stub: Stub, files: Files) -> None:
+    """Where OUT.errors alone lost its end, nothing is sent again, and the lines that had failed stand there again."""
+    files.write(*BLANKED)
+    assert files.run() == 1
+    out, errors = files.contents()
+    at_stub.received.clear()
+    files.errors.write_bytes(errors[:lost])
+    assert files.run() == 1
+    assert (files.out.read_bytes(), at_stub.received) == (out, [])
+    failures = read(files.errors)
+    assert [(line["line"], line["id"], line["query"]) for line in failures] == [(2, "id-1", " "), (5, "id-4", " ")]
+    assert failures[1]["error"]["message"] == "failed in an earlier run, and what was said then is lost"
+    assert files.run() == 1
+    assert read(files.errors) == failures
+
+
+def test_the_end_of_rankings_is_ranked_again(at_stub: Stub, files: Files) -> None:
+    """Where OUT alone lost its end, as in a power cut, what is missing there is sent again."""
+    files.write(*BLANKED)
+    assert files.run() == 1
+    whole = files.contents()
+    for kept in (1, 3, 10):
+        at_stub.received.clear()
+        files.out.write_bytes(b"".join(whole[0].splitlines(keepends=True)[:kept]) + b'{"id')
+        assert files.run() == 1
+        assert files.contents() == whole
+        assert len(at_stub.received) == COUNT - 2 - kept
 
 
 def test_two_runs_at_once_are_refused(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:

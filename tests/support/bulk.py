@@ -14,18 +14,20 @@ COUNT = 24
 
 
 class Files:
-    """IN, OUT and OUT.errors in a folder.
+    """IN, OUT, OUT.errors and OUT.state in a folder.
 
     Attributes:
         given: IN.
         out: OUT.
         errors: OUT.errors.
+        state: OUT.state.
     """
 
     def __init__(self, folder: Path) -> None:
         self.given = folder / "queries.jsonl"
         self.out = folder / "rankings.jsonl"
         self.errors = folder / "rankings.jsonl.errors"
+        self.state = folder / "rankings.jsonl.state"
 
     def write(self, *lines: Any) -> None:
         """Write IN: bytes as they are, anything else as JSON."""
