@@ -12,7 +12,7 @@ from typing import BinaryIO, Final
 import httpx
 
 from regolo_rerank._cli.output import Output, StoppedError
-from regolo_rerank._cli.queries import Line, Query, is_about_pair, parse_query, read_lines
+from regolo_rerank._cli.queries import Line, Lines, Query, is_about_pair, parse_query
 from regolo_rerank._display.progress import Advance
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
@@ -44,8 +44,8 @@ class BulkRun:
     def __init__(self, source: BinaryIO, name: str, output: Output) -> None:
         self._name = name
         self._output = output
-        self._todo = read_lines(source)
-        self.at = output.skip_finished(self._todo, name)
+        self._lines = Lines(source)
+        self.at = output.skip_finished(self._lines, name)
         status = _stat(source)
         self.size = status.st_size if status and stat.S_ISREG(status.st_mode) else None
         self._before = (output.ranked, output.failed)
@@ -56,9 +56,9 @@ class BulkRun:
         self._started = time.monotonic()
 
     @property
-    def failed(self) -> int:
-        """How many lines OUT.errors has."""
-        return self._output.failed
+    def is_complete(self) -> bool:
+        """Whether each line that was read has its ranking."""
+        return not self._output.failed and self._lines.half is None
 
     def __str__(self) -> str:
         """Say what has been done."""
@@ -67,9 +67,11 @@ class BulkRun:
         tokens = f" and {self._tokens:,} tokens" if self._tokens else ""
         finished = f", {before:,} finished before" if before else ""
         seen = f" (see {self._output.errors_path})" if self._output.failed else ""
+        half = self._lines.half
+        left = f"; line {half} of {self._name} is not complete, and left for another run" if half else ""
         return (
             f"{ranked:,} ranked with {self._requests:,} requests{tokens}, {failed:,} failed{seen}{finished}; "
-            f"{time.monotonic() - self._started:.1f} s"
+            f"{time.monotonic() - self._started:.1f} s{left}"
         )
 
     def rank(self, client: RegoloClient, advance: Advance) -> None:
@@ -87,7 +89,7 @@ class BulkRun:
         waiting: deque[Query] = deque()
 
         def pairs() -> Iterator[tuple[str, list[str]]]:
-            for line in self._todo:
+            for line in self._lines:
                 query, pair = parse_query(line)
                 waiting.append(query)
                 yield pair

@@ -237,7 +237,7 @@ def _bulk(source: str, out: str, **options: Any) -> int:
                 run.rank(client, advance)
         finally:
             print(f"regolo-rerank: {harmless(str(run), _encoding())}", file=sys.stderr)
-    return 1 if run.failed else 0
+    return 0 if run.is_complete else 1
 
 
 def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["Line", "Query", "encode", "is_about_pair", "parse_query", "read_lines"]
+__all__ = ["Line", "Lines", "Query", "encode", "is_about_pair", "parse_query"]
 
 _PAIR: Final = re.compile(r"^pairs\[\d+\]: ")
 """How the client calls a query; in OUT.errors it has its line's number."""
@@ -82,13 +82,38 @@ def encode(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 
 
-def read_lines(source: BinaryIO) -> Iterator[Line]:
-    """Yield the lines of IN that are not blank."""
-    end = 0
-    for number, raw in enumerate(source, 1):
-        end += len(raw)
-        if text := raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-            yield Line(number, end, text)
+class Lines(Iterator[Line]):
+    """The lines of IN that are not blank.
+
+    Attributes:
+        half: Number of the last line where it is still being written, which is left for another run; None as long as
+            there is none.
+    """
+
+    def __init__(self, source: BinaryIO) -> None:
+        self.half: int | None = None
+        self._lines = self._read(source)
+
+    def __next__(self) -> Line:
+        return next(self._lines)
+
+    def _read(self, source: BinaryIO) -> Iterator[Line]:
+        end = 0
+        for number, raw in enumerate(source, 1):
+            end += len(raw)
+            text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
+            if text and not raw.endswith(b"\n") and not _is_json(text):
+                self.half = number
+            elif text:
+                yield Line(number, end, text)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def parse_query(line: Line) -> tuple[Query, tuple[str, list[str]]]:

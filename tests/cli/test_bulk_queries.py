@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from regolo_rerank._cli.main import main
-from tests.support.bulk import COUNT, Files, query, ranking, read
+from tests.support.bulk import COUNT, Files, numbers, query, ranking, read
 from tests.support.stub import Stub
 
 
@@ -24,6 +24,30 @@ def test_a_line_is_what_a_line_feed_ends(files: Files) -> None:
     finished = files.contents()
     assert files.run("--local") == 0
     assert files.contents() == finished
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, 45, -2, -1])
+def test_half_a_line_at_the_end_of_the_input_is_left(
+    cut: int, at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line that somebody is writing is no failure: it is named, and ranked by another run once it is whole."""
+    last = json.dumps({"id": "é", "query": "q99é", "documents": ["low score=0.1"]}, ensure_ascii=False).encode()
+    files.write(*map(query, range(5)))
+    whole = files.given.read_bytes()
+    files.given.write_bytes(whole + last[:cut])
+    for ranked in (5, 0):
+        assert files.run() == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"regolo-rerank: {ranked} ranked with ")
+        assert said.endswith(f" s; line 6 of {files.given} is not complete, and left for another run\n")
+        assert not files.errors.exists()
+    files.given.write_bytes(whole + last)
+    assert files.run() == 0
+    files.given.write_bytes(whole + last + b"\n" + json.dumps(query(7)).encode())
+    assert files.run() == 0
+    assert [line["id"] for line in read(files.out)] == [*(f"id-{number}" for number in range(5)), "é", "id-7"]
+    assert numbers(at_stub) == [0, 1, 2, 3, 4, 7]
+    assert len(at_stub.received) == 7
 
 
 REFUSED: list[tuple[bytes, str]] = [
