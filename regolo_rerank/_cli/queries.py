@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from regolo_rerank.errors import InvalidInputError, RegoloError
@@ -33,29 +34,21 @@ class Line(NamedTuple):
         """Return 16 hexadecimal digits that another line, or this one in another place, does not have."""
         return hashlib.blake2b(b"%d %b" % (self.number, self.raw), digest_size=8).hexdigest().encode()
 
-    def parse(self) -> dict[str, Any]:
-        """Return its fields."""
-        try:
-            fields = json.loads(self.raw.decode())
-        except (ValueError, RecursionError):
-            raise InvalidInputError("not JSON in UTF-8") from None
-        if not isinstance(fields, dict):
-            raise InvalidInputError("not a JSON object")
-        return fields
+    def read(self) -> Any:
+        """Return its JSON object, or its text where it is none; of a line of OUT.errors, what had failed there."""
+        return _unwrap(self.raw.decode(errors="backslashreplace"))
 
     def encode_failure(self, error: RegoloError) -> bytes:
         """Return the line of OUT.errors: this one with its number and error, so that it can be run again."""
-        try:
-            given = self.parse()
-        except InvalidInputError:
-            given = {"input": self.raw.decode(errors="backslashreplace")}
         message = _PAIR.sub("", str(error)) if isinstance(error, InvalidInputError) else str(error)
         report = {"type": type(error).__name__, "message": message}
         known = {name: getattr(error, name, None) for name in ("status_code", "request_id")}
         report |= {name: value for name, value in known.items() if value}
-        # What an earlier run has added gives way.
-        kept = {name: value for name, value in given.items() if name not in {"line", "error"}}
-        return encode({"line": self.number, "error": report, **kept})
+        failure = {"line": self.number, "error": report, "input": self.read()}
+        try:
+            return encode(failure)
+        except (ValueError, RecursionError):  # NaN somewhere in it, which Python reads and JSON does not know
+            return encode(failure | {"input": self.raw.decode()})
 
 
 class Query(NamedTuple):
@@ -79,7 +72,18 @@ class Query(NamedTuple):
 def encode(fields: dict[str, Any]) -> bytes:
     """Return a line of JSON."""
     # ASCII: no character in it ends a line for any reader, and half a surrogate pair stays what it is.
-    return json.dumps(fields).encode() + b"\n"
+    return json.dumps(fields, allow_nan=False).encode() + b"\n"
+
+
+def _unwrap(given: Any) -> Any:
+    if isinstance(given, str):
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(given)
+            given = fields if isinstance(fields, dict) else given
+    if not isinstance(given, dict) or given.keys() != {"line", "error", "input"}:
+        return given
+    failed = _unwrap(given["input"])
+    return {"id": given["line"]} | failed if isinstance(failed, dict) else failed
 
 
 class Lines(Iterator[Line]):
@@ -119,17 +123,27 @@ def _is_json(text: bytes) -> bool:
 def parse_query(line: Line) -> tuple[Query, tuple[str, list[str]]]:
     """Return the query of a line, and what the client ranks; for a line that is refused here, what it refuses too."""
     try:
-        fields = line.parse()
+        fields = _require_object(line.read())
         name, query, documents = (_require(fields, key) for key in ("id", "query", "documents"))
         texts = _get_texts(documents)
+        ids = [document.get("id") if isinstance(document, dict) else None for document in documents]
+        _check_id("id", name)
+        for index, document_id in enumerate(ids):
+            _check_id(f"documents[{index}].id", document_id)
     except InvalidInputError as error:
         return Query(line, refusal=error), ("", [])
-    return Query(line, name, _get_ids(documents)), (query, texts)
+    return Query(line, name, ids), (query, texts)
 
 
 def is_about_pair(error: RegoloError) -> bool:
     """Return whether the client refused a query before it sent anything; its other refusals are those of an option."""
     return isinstance(error, InvalidInputError) and bool(_PAIR.match(str(error)))
+
+
+def _require_object(given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InvalidInputError("not a JSON object in UTF-8")
+    return given
 
 
 def _require(fields: dict[str, Any], name: str) -> Any:
@@ -151,5 +165,8 @@ def _get_text(index: int, document: Any) -> str:
     return text
 
 
-def _get_ids(documents: list[Any]) -> list[Any]:
-    return [document.get("id") if isinstance(document, dict) else None for document in documents]
+def _check_id(place: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise InvalidInputError(f"{place}: must be JSON, which NaN and Infinity are not") from None

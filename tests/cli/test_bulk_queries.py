@@ -1,11 +1,13 @@
 import io
 import json
 import sys
+from pathlib import Path
 
+import pydantic_core
 import pytest
 
 from regolo_rerank._cli.main import main
-from tests.support.bulk import COUNT, Files, numbers, query, ranking, read
+from tests.support.bulk import COUNT, Files, content, numbers, query, ranking, read
 from tests.support.stub import Stub
 
 
@@ -13,14 +15,14 @@ def test_a_line_is_what_a_line_feed_ends(files: Files) -> None:
     """BOM, CRLF, blank lines and a missing last line feed are no part of a query; no other character ends a line."""
     strange = "one\u2028two\x85three\u2029\\nfour è \\ud800 \x7f"
     text = '\ufeff{"id": "%s", "query": "q", "documents": ["a %s"]}\r\n\r\n \t\n'
-    last = '{"id": {"x": [1, NaN]}, "query": "q", "documents": []}'
+    last = '{"id": {"x": [1, null]}, "query": "q", "documents": []}'
     files.given.write_bytes((text.replace("%s", strange) + last).encode())
     assert files.run("--local") == 0
     lines = files.out.read_bytes()
     assert lines.isascii()
     assert len(lines.decode().splitlines()) == 2
     assert read(files.out)[0]["id"] == json.loads(f'"{strange}"')
-    assert files.out.read_text().endswith('{"id": {"x": [1, NaN]}, "results": []}\n')
+    assert files.out.read_text().endswith('{"id": {"x": [1, null]}, "results": []}\n')
     finished = files.contents()
     assert files.run("--local") == 0
     assert files.contents() == finished
@@ -51,10 +53,10 @@ def test_half_a_line_at_the_end_of_the_input_is_left(
 
 
 REFUSED: list[tuple[bytes, str]] = [
-    (b"nonsense", "not JSON in UTF-8"),
-    (b'{"id": 1, "query": "caf\xe9", "documents": []}', "not JSON in UTF-8"),
-    (b"[" * 100_000, "not JSON in UTF-8"),
-    (b'["id", "query", "documents"]', "not a JSON object"),
+    (b"nonsense", "not a JSON object in UTF-8"),
+    (b'{"id": 1, "query": "caf\xe9", "documents": []}', "not a JSON object in UTF-8"),
+    (b"[" * 100_000, "not a JSON object in UTF-8"),
+    (b'["id", "query", "documents"]', "not a JSON object in UTF-8"),
     (b'{"query": "q", "documents": []}', 'no field "id"'),
     (b'{"id": null, "query": "q", "documents": []}', 'no field "id"'),
     (b'{"id": 1, "documents": []}', 'no field "query"'),
@@ -64,7 +66,21 @@ REFUSED: list[tuple[bytes, str]] = [
     (b'{"id": 1, "query": "q", "documents": "a"}', "documents: must be a list of strings or objects"),
     (b'{"id": 1, "query": "q", "documents": ["a", {"id": 2}]}', "documents[1]: must be a string, or an object with"),
     (b'{"id": 1, "query": "q", "documents": [null]}', "documents[0]: must be a string, or an object with"),
+    (b'{"id": NaN, "query": "q", "documents": []}', "id: must be JSON, which NaN and Infinity are not"),
+    (b'{"id": [-Infinity], "query": "q", "documents": []}', "id: must be JSON, which NaN and Infinity are not"),
+    (b'{"id": 1e999, "query": "q", "documents": []}', "id: must be JSON, which NaN and Infinity are not"),
+    (b'{"id": 1, "query": "q", "documents": ["a", {"id": NaN, "text": "b"}]}', "documents[1].id: must be JSON, which"),
+    (b'{"id": 1, "query": "q", "documents": [7], "rank": NaN}', "documents[0]: must be a string, or an object with"),
 ]
+
+
+def is_strict_json(file: Path) -> bool:
+    """Return whether a reader that knows neither NaN nor Infinity can read each line."""
+    try:
+        pydantic_core.from_json(b"[" + b",".join(content(file).splitlines()) + b"]", allow_inf_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(("line", "said"), REFUSED)
@@ -76,9 +92,33 @@ def test_a_line_that_is_no_query_is_a_line_of_errors(line: bytes, said: str, at_
     (failure,) = read(files.errors)
     assert (failure.pop("line"), failure["error"]["type"]) == (3, "InvalidInputError")
     assert failure.pop("error")["message"].startswith(said)
-    shown = line.decode(errors="backslashreplace")
-    assert failure in ({"input": shown}, json.loads(shown) if "not JSON" not in said else None)
+    text = line.decode(errors="backslashreplace")
+    is_text = b"NaN" in line or b"Infinity" in line or b"1e999" in line or said.startswith("not a JSON object")
+    assert failure == {"input": text if is_text else json.loads(text)}
+    assert is_strict_json(files.errors)
     assert len(at_stub.received) == 2
+
+
+def test_a_failed_query_keeps_its_fields(files: Files) -> None:
+    """Whatever a query's fields are called, OUT.errors has them, and so has the OUT.errors of running that again."""
+    query = {"id": 7, "query": "q", "documents": ["a", 0], "line": "mine", "error": {"type": "mine"}, "input": []}
+    ranked = b'{"id": "n", "query": " ", "documents": ["a"], "rank": NaN}'
+    files.write({"id": 0, "query": "q", "documents": []}, query, ranked, b"nonsense \xe9 {}")
+    assert files.run("--local") == 1
+    assert is_strict_json(files.errors)
+    first = read(files.errors)
+    assert [failure["input"] for failure in first] == [query, ranked.decode(), "nonsense \\xe9 {}"]
+    assert [failure["line"] for failure in first] == [2, 3, 4]
+    again = Files(files.given.parent)
+    again.given, again.out = files.given.with_name("again.jsonl"), files.out.with_name("again")
+    again.errors = files.out.with_name("again.errors")
+    again.given.write_bytes(files.given.read_bytes().splitlines(keepends=True)[0] + files.errors.read_bytes())
+    assert again.run("--local") == 1
+    second = read(again.errors)
+    assert [failure["line"] for failure in second] == [2, 3, 4]
+    assert second[0] == first[0]
+    assert second[1]["error"]["message"] == first[1]["error"]["message"] == "query: must not be blank"
+    assert second[2] == first[2]
 
 
 def test_what_is_never_sent_needs_no_service(at_stub: Stub, files: Files) -> None:

@@ -213,7 +213,7 @@ def test_the_end_of_errors_is_not_lost_for_good(lost: int, at_stub: Stub, files:
     assert files.run() == 1
     assert (files.out.read_bytes(), at_stub.received) == (out, [])
     failures = read(files.errors)
-    assert [(line["line"], line["id"], line["query"]) for line in failures] == [(2, "id-1", " "), (5, "id-4", " ")]
+    assert [(line["line"], line["input"]) for line in failures] == [(2, BLANKED[1]), (5, BLANKED[4])]
     assert failures[1]["error"]["message"] == "failed in an earlier run, and what was said then is lost"
     assert files.run() == 1
     assert read(files.errors) == failures
