@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import httpx
 
@@ -30,6 +30,8 @@ __all__ = ["BulkRun", "resume"]
 
 _HELD: Final = 8
 """Finished lines held back at most, until it is known whether a failure is the query's own or the service's."""
+_OPTIONS: Final = {"model", "top_n", "score_threshold", "instruction", "prompt_format", "max_document_chars"}
+"""What rankings depend on, beside the server."""
 _PROBE: Final = ("Is this service working?", ["It is."])
 
 
@@ -41,11 +43,11 @@ class BulkRun:
         at: Bytes of IN that are behind the run.
     """
 
-    def __init__(self, source: BinaryIO, name: str, output: Output) -> None:
+    def __init__(self, source: BinaryIO, name: str, output: Output, *, allow_changed_options: bool) -> None:
         self._name = name
         self._output = output
         self._lines = Lines(source)
-        self.at = output.skip_finished(self._lines, name)
+        self.at = output.skip_finished(self._lines, name, allow_changed_options=allow_changed_options)
         status = _stat(source)
         self.size = status.st_size if status and stat.S_ISREG(status.st_mode) else None
         self._before = (output.ranked, output.failed)
@@ -149,6 +151,12 @@ def _would_recur(error: RegoloError) -> bool:
     return isinstance(error, AuthenticationError | NotFoundError | RateLimitError)
 
 
+def _get_options(client: RegoloClient) -> dict[str, Any]:
+    """Return what rankings depend on; a query of the URL, which might hold a key, is left out."""
+    server = client.endpoint().url.copy_with(query=None)
+    return client.model_dump(mode="json", include=_OPTIONS) | {"base_url": str(server)}
+
+
 def _stat(file: BinaryIO) -> os.stat_result | None:
     with suppress(OSError):
         return os.fstat(file.fileno())
@@ -156,7 +164,9 @@ def _stat(file: BinaryIO) -> os.stat_result | None:
 
 
 @contextmanager
-def resume(client: RegoloClient, source: BinaryIO, name: str, path: Path) -> Iterator[BulkRun]:
+def resume(
+    client: RegoloClient, source: BinaryIO, name: str, path: Path, *, allow_changed_options: bool = False
+) -> Iterator[BulkRun]:
     """Begin a run, or go on with one that was stopped.
 
     Args:
@@ -164,17 +174,19 @@ def resume(client: RegoloClient, source: BinaryIO, name: str, path: Path) -> Ite
         source: IN: one JSON object a line, with `id`, `query` and `documents`.
         name: What it is called.
         path: OUT; OUT.errors and OUT.state stand beside it.
+        allow_changed_options: Whether OUT may be continued with other options than it was made with.
 
     Raises:
-        InvalidInputError: OUT cannot be written, is being written, is IN, or belongs to another one.
+        InvalidInputError: OUT cannot be written, is being written, is IN, belongs to another one, or was made with
+            other options.
         MissingAPIKeyError: The host demands a key, and there is none.
     """
     client.rerank_many(())  # refuses a key before any file is touched
-    output = Output(path)
+    output = Output(path, _get_options(client))
     with ExitStack() as files:
         try:
             files.enter_context(output.open(_stat(source)))
-            run = BulkRun(source, name, output)
+            run = BulkRun(source, name, output, allow_changed_options=allow_changed_options)
         except OSError as error:
             raise InvalidInputError(f"{error.filename or name}: {error.strerror}") from None
         yield run

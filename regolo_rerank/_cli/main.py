@@ -170,6 +170,9 @@ def _parsers() -> tuple[_Parser, _Parser]:
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
     bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    bulk.add_argument(
+        "--allow-changed-options", action="store_true", help="go on with an OUT that was begun with other options"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -221,7 +224,7 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int
     return 0
 
 
-def _bulk(source: str, out: str, **options: Any) -> int:
+def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **options: Any) -> int:
     from regolo_rerank._cli.bulk import resume
     from regolo_rerank._display.progress import progress
 
@@ -229,7 +232,11 @@ def _bulk(source: str, out: str, **options: Any) -> int:
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
     seen = sys.stderr is not None and sys.stderr.isatty()
     shown = seen and find_spec("tqdm") is not None
-    with _client(options) as client, _queries(source) as lines, resume(client, lines, source, Path(out)) as run:
+    with (
+        _client(options) as client,
+        _queries(source) as lines,
+        resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
+    ):
         if seen and not shown:
             print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
         try:

@@ -76,14 +76,15 @@ def encode(fields: dict[str, Any]) -> bytes:
 
 
 def _unwrap(given: Any) -> Any:
-    if isinstance(given, str):
-        with suppress(ValueError, RecursionError):
-            fields = json.loads(given)
-            given = fields if isinstance(fields, dict) else given
-    if not isinstance(given, dict) or given.keys() != {"line", "error", "input"}:
-        return given
-    failed = _unwrap(given["input"])
-    return {"id": given["line"]} | failed if isinstance(failed, dict) else failed
+    number: dict[str, Any] = {}
+    while True:
+        if isinstance(given, str):
+            with suppress(ValueError, RecursionError):
+                fields = json.loads(given)
+                given = fields if isinstance(fields, dict) else given
+        if not isinstance(given, dict) or given.keys() != {"line", "error", "input"}:
+            return number | given if isinstance(given, dict) else given
+        number, given = {"id": given["line"]}, given["input"]
 
 
 class Lines(Iterator[Line]):

@@ -77,8 +77,9 @@ def test_failures_stay_in_the_order_of_the_input(at_stub: Stub, files: Files, mo
     monkeypatch.setattr(output._File, "add", recorded)
     at_stub.reply = failing(lambda number: number == 50, error("broken", 500))
     assert files.run() == 1
-    assert written[::2] == [files.state] * len(order)
-    assert written[1::2] == [files.errors if kind in {0, 3} else files.out for kind in order]
+    assert written[0] == files.state  # the options
+    assert written[1::2] == [files.state] * len(order)
+    assert written[2::2] == [files.errors if kind in {0, 3} else files.out for kind in order]
     assert [line["line"] for line in read(files.errors)] == [n for n, kind in enumerate(order, 1) if kind in {0, 3}]
     names = {1: "id-90", 2: "id-91", 4: "id-51"}
     assert [line["id"] for line in read(files.out)] == [names[kind] for kind in order if kind in names]
@@ -225,7 +226,7 @@ def test_a_lost_network_stops_the_run(files: Files, capsys: pytest.CaptureFixtur
     assert "run again, it goes on at line 11 of" in capsys.readouterr().err
     assert read(files.out) == [ranking(number) for number in range(10)]
     with Stub() as found:
-        assert files.run("--base-url", found.url) == 0
+        assert files.run("--base-url", found.url, "--allow-changed-options") == 0
         assert numbers(found) == list(range(10, COUNT))
     assert read(files.out) == [ranking(number) for number in range(COUNT)]
 

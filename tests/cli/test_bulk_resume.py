@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import KEY
 from tests.support.bulk import COUNT, Files, content, failing, number_of, numbers, query, ranking, read
 from tests.support.stub import Received, Reply, Stub, error, scored
 
@@ -22,6 +23,7 @@ def test_a_run_that_was_stopped_at_any_byte_ends_the_same(files: Files) -> None:
     whole = files.contents()
     written: list[tuple[Path, bytes]] = []
     lines = {file: iter(content(file).splitlines(keepends=True)) for file in (files.out, files.errors, files.state)}
+    written += [(files.state, bytes([byte])) for byte in next(lines[files.state])]
     for file in (files.out, files.errors, files.errors, files.out, files.errors, files.out):
         written += [(each, bytes([byte])) for each in (files.state, file) for byte in next(lines[each])]
     for stop in range(0, len(written), 7):
@@ -62,7 +64,7 @@ def test_a_process_that_is_killed_goes_on_where_it_was(
     assert 9 <= count <= 12
     # Another server: what was half sent may still arrive at the first.
     with Stub(answer) as another:
-        assert files.run("--base-url", another.url) == 1
+        assert files.run("--base-url", another.url, "--allow-changed-options") == 1
         assert numbers(another) == list(range(count, COUNT))
     assert read(files.out) == [ranking(number) for number in range(COUNT) if number not in {3, 17}]
     assert [line["line"] for line in read(files.errors)] == [4, 18]
@@ -163,9 +165,11 @@ def test_another_input_is_refused(
         ({"state": b""}, f"rankings.jsonl, line 1: not in {{state}}, {UNKNOWN}"),
         ({"state": b"", "out": b'{"id": 1, "query": "q"}'}, f"rankings.jsonl, line 1: not in {{state}}, {UNKNOWN}"),
         ({"state": b"", "out": b""}, f"rankings.jsonl.errors, line 1: not in {{state}}, {UNKNOWN}"),
-        ({"state": 9}, f"rankings.jsonl, line 8: not in {{state}}, {UNKNOWN}"),
-        ({"state": 4}, f"rankings.jsonl, line 4: not in {{state}}, {UNKNOWN}"),
+        ({"state": 10}, f"rankings.jsonl, line 8: not in {{state}}, {UNKNOWN}"),
+        ({"state": 5}, f"rankings.jsonl, line 4: not in {{state}}, {UNKNOWN}"),
         ({"state": b"notes"}, f"rankings.jsonl.state, line 1: {FOREIGN}"),
+        ({"state": b'{"options": 7}\n'}, f"rankings.jsonl.state, line 1: {FOREIGN}"),
+        ({"state": b'{"options": {}\n'}, f"rankings.jsonl.state, line 1: {FOREIGN}"),
         ({"state": b"+\n"}, f"rankings.jsonl, line 2: not in {{state}}, {UNKNOWN}"),
         ({"out": b"notes\n"}, f"rankings.jsonl, line 1: {FOREIGN}"),
         ({"out": b"notes without end"}, f"rankings.jsonl, line 1: {FOREIGN}"),
@@ -188,18 +192,60 @@ def test_files_that_do_not_fit_together_are_refused(
     refuse(files, said.format(state=files.state), at_stub, capsys)
 
 
-def refuse(files: Files, said: str, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def refuse(files: Files, said: str, stub: Stub, capsys: pytest.CaptureFixture[str], *options: str) -> None:
     """See status 2 in one line, nothing sent, and no file touched."""
     stub.received.clear()
     capsys.readouterr()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files.given.parent.iterdir()}
-    assert files.run() == 2
+    assert files.run(*options) == 2
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files.given.parent.iterdir()} == before
     assert stub.received == []
     printed = capsys.readouterr()
     assert printed.out == ""
     assert said in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--model", "other"], 'model was "Qwen3-Reranker-4B", and is "other" now'),
+        (["--top-n", "1"], "top_n was null, and is 1 now"),
+        (["--threshold", "0.0"], "score_threshold was null, and is 0.0 now"),
+        (["--instruction", "Be strict"], 'query", and is "Be strict" now'),
+        (["--local"], '/rerank", and is "local://embedded/rerank" now'),
+        (["--top-n", "1", "--model", "other"], 'and is "other" now; top_n was null, and is 1 now'),
+    ],
+)
+def test_other_options_are_refused(
+    changes: list[str], said: str, at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OUT mixes no models, instructions or limits by accident; who wants that says so, and says it once."""
+    files.write(*BLANKED[:6])
+    assert files.run() == 1
+    refuse(files, said, at_stub, capsys, *changes)
+    files.write(*BLANKED)
+    refuse(files, said, at_stub, capsys, *changes)
+    before = files.contents()
+    assert files.run(*changes, "--allow-changed-options") == 1
+    assert all(now.startswith(then) for now, then in zip(files.contents(), before, strict=True))
+    assert len(read(files.out)) == COUNT - 2
+    assert files.run(*changes) == 1
+    assert [line[:1] for line in files.state.read_text().splitlines()] == [*"{+-++-+{", *"+" * (COUNT - 6)]
+    refuse(files, "now; name another OUT, take the same options, or mix them by", at_stub, capsys)
+
+
+def test_what_does_not_change_a_ranking_may_change(at_stub: Stub, files: Files) -> None:
+    """Another pace, or another way to write the same server, is no other option; and neither is it without OUT."""
+    files.write(*BLANKED[:6])
+    assert files.run() == 1
+    files.write(*BLANKED)
+    assert files.run("--max-concurrency", "2", "--base-url", f"{at_stub.url}/rerank/?key={KEY}") == 1
+    assert len(at_stub.received) == COUNT - 2
+    assert KEY not in files.state.read_text()
+    files.out.unlink()
+    assert files.run("--local") == 1
+    assert files.state.read_text().count("options") == 1
 
 
 @pytest.mark.parametrize("lost", [0, 1, 20, -2, -1])
