@@ -1,9 +1,11 @@
 """Rank a file of queries: `regolo-rerank bulk IN OUT`."""
 
+import gzip
 import os
+import re
 import stat
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any, BinaryIO, Final
 import httpx
 
 from regolo_rerank._cli.output import Output, StoppedError
-from regolo_rerank._cli.queries import Line, Lines, Query, is_about_pair, parse_query
+from regolo_rerank._cli.queries import Line, Lines, Query, describe, is_about_pair, parse_query
 from regolo_rerank._display.progress import Advance
+from regolo_rerank._display.tables import clipped
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
     APIConnectionError,
@@ -26,10 +29,12 @@ from regolo_rerank.errors import (
 )
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["BulkRun", "resume"]
+__all__ = ["BulkRun", "resume", "tell_each_minute"]
 
 _HELD: Final = 8
 """Finished lines held back at most, until it is known whether a failure is the query's own or the service's."""
+_SHOWN_REASONS: Final = 3
+_KNOWN_REASONS: Final = 100
 _OPTIONS: Final = {"model", "top_n", "score_threshold", "instruction", "prompt_format", "max_document_chars"}
 """What rankings depend on, beside the server."""
 _PROBE: Final = ("Is this service working?", ["It is."])
@@ -38,21 +43,27 @@ _PROBE: Final = ("Is this service working?", ["It is."])
 class BulkRun:
     """One run over a file of queries.
 
+    Args:
+        lines: IN.
+        size: Its bytes; None where nobody knows.
+        output: OUT.
+        allow_changed_options: Whether OUT may be continued with other options than it was made with.
+
     Attributes:
         size: Bytes of IN; None where nobody knows.
         at: Bytes of IN that are behind the run.
     """
 
-    def __init__(self, source: BinaryIO, name: str, output: Output, *, allow_changed_options: bool) -> None:
-        self._name = name
+    def __init__(self, lines: Lines, size: int | None, output: Output, *, allow_changed_options: bool) -> None:
+        self._lines = lines
         self._output = output
-        self._lines = Lines(source)
-        self.at = output.skip_finished(self._lines, name, allow_changed_options=allow_changed_options)
-        status = _stat(source)
-        self.size = status.st_size if status and stat.S_ISREG(status.st_mode) else None
+        self.size = size
+        self.at = output.skip_finished(lines, lines.name, allow_changed_options=allow_changed_options)
         self._before = (output.ranked, output.failed)
-        self._held: list[tuple[Callable[[Line, bytes], None], Line, bytes]] = []
+        self._held: list[tuple[Line, bytes, RegoloError | None]] = []
         self._doubtful = False
+        self._reasons: Counter[tuple[type, str]] = Counter()
+        self._examples: dict[tuple[type, str], str] = {}
         self._tokens = 0
         self._requests = 0
         self._started = time.monotonic()
@@ -62,26 +73,29 @@ class BulkRun:
         """Whether each line that was read has its ranking."""
         return not self._output.failed and self._lines.half is None
 
-    def __str__(self) -> str:
-        """Say what has been done."""
+    def summarize(self) -> list[str]:
+        """Return in some lines what has been done, and why queries failed."""
         ranked, failed = self._output.ranked - self._before[0], self._output.failed - self._before[1]
         before = sum(self._before)
         tokens = f" and {self._tokens:,} tokens" if self._tokens else ""
         finished = f", {before:,} finished before" if before else ""
         seen = f" (see {self._output.errors_path})" if self._output.failed else ""
-        half = self._lines.half
-        left = f"; line {half} of {self._name} is not complete, and left for another run" if half else ""
-        return (
+        summary = (
             f"{ranked:,} ranked with {self._requests:,} requests{tokens}, {failed:,} failed{seen}{finished}; "
-            f"{time.monotonic() - self._started:.1f} s{left}"
+            f"{time.monotonic() - self._started:.1f} s"
         )
+        commonest = self._reasons.most_common(_SHOWN_REASONS)
+        reasons = [f"{count:,} failed like this: {clipped(self._examples[reason], 200)}" for reason, count in commonest]
+        half = self._lines.half
+        left = [f"line {half} of {self._lines.name} is not complete, and left for another run"] if half else []
+        return [summary, *reasons, *left]
 
     def rank(self, client: RegoloClient, advance: Advance) -> None:
         """Rank what is not finished.
 
         Args:
             client: Who ranks, with its options.
-            advance: Called with the bytes of IN that are finished, and with the rate of queries.
+            advance: Called with the bytes of IN that are finished, and with queries, failures and rate in words.
 
         Raises:
             StoppedError: No query is to blame: the key, the budget, the rate limit, the connection, the service or
@@ -99,23 +113,26 @@ class BulkRun:
         for count, outcome in enumerate(client.rerank_many(pairs(), return_exceptions=True), 1):
             query = waiting.popleft()
             self._finish(query, outcome, client)
-            rate = count / (time.monotonic() - self._started)
-            advance(query.line.end - self.at, f"{rate:,.1f} queries/s")
-            self.at = query.line.end
+            advanced, self.at = query.line.end - self.at, query.line.end
+            advance(advanced, self._describe_progress(count))
         if self._held:
             self._probe(client)
             self._write()
 
+    def _describe_progress(self, count: int) -> str:
+        rate = count / (time.monotonic() - self._started)
+        return f"{sum(self._before) + count:,} queries, {self._output.failed:,} failed, {rate:,.1f}/s"
+
     def _finish(self, query: Query, outcome: RerankResponse | RegoloError, client: RegoloClient) -> None:
         if isinstance(outcome, RerankResponse):
-            self._held.append((self._output.add_ranking, query.line, query.encode_ranking(outcome)))
+            self._held.append((query.line, query.encode_ranking(outcome), None))
             self._requests += outcome.usage.requests
             self._tokens += outcome.usage.total_tokens or 0
         else:
             error = query.refusal or outcome
             if _would_recur(error):
                 raise self._stop(error, query.line)
-            self._held.append((self._output.add_failure, query.line, query.line.encode_failure(error)))
+            self._held.append((query.line, query.line.encode_failure(error), error))
             self._doubtful |= query.refusal is None and not is_about_pair(error)
         if self._doubtful and len(self._held) == _HELD:
             self._probe(client)
@@ -129,17 +146,29 @@ class BulkRun:
         except InvalidInputError:
             raise
         except RegoloError as error:
-            raise self._stop(error, self._held[0][1]) from error
+            raise self._stop(error, self._held[0][0]) from error
         self._doubtful = False
 
     def _write(self) -> None:
-        for add, line, written in self._held:
-            add(line, written)
+        for line, written, error in self._held:
+            if error is None:
+                self._output.add_ranking(line, written)
+            else:
+                self._output.add_failure(line, written)
+                self._count_reason(error)
         self._held.clear()
 
+    def _count_reason(self, error: RegoloError) -> None:
+        """Count why a query failed; the same words with other numbers are the same reason."""
+        message = describe(error)
+        reason = (type(error), re.sub(r"\d+|, request .*", "", message))
+        if reason in self._reasons or len(self._reasons) < _KNOWN_REASONS:
+            self._reasons[reason] += 1
+            self._examples.setdefault(reason, message)
+
     def _stop(self, error: RegoloError, line: Line) -> StoppedError:
-        first = self._held[0][1] if self._held else line
-        return StoppedError(f"stopped: {error}; run again, it goes on at line {first.number} of {self._name}")
+        first = self._held[0][0] if self._held else line
+        return StoppedError(f"stopped: {error}; run again, it goes on at line {first.number} of {self._lines.name}")
 
 
 def _would_recur(error: RegoloError) -> bool:
@@ -157,7 +186,7 @@ def _get_options(client: RegoloClient) -> dict[str, Any]:
     return client.model_dump(mode="json", include=_OPTIONS) | {"base_url": str(server)}
 
 
-def _stat(file: BinaryIO) -> os.stat_result | None:
+def _stat(file: "BinaryIO | gzip.GzipFile") -> os.stat_result | None:
     with suppress(OSError):
         return os.fstat(file.fileno())
     return None
@@ -165,13 +194,18 @@ def _stat(file: BinaryIO) -> os.stat_result | None:
 
 @contextmanager
 def resume(
-    client: RegoloClient, source: BinaryIO, name: str, path: Path, *, allow_changed_options: bool = False
+    client: RegoloClient,
+    source: "BinaryIO | gzip.GzipFile",
+    name: str,
+    path: Path,
+    *,
+    allow_changed_options: bool = False,
 ) -> Iterator[BulkRun]:
     """Begin a run, or go on with one that was stopped.
 
     Args:
         client: Who will rank.
-        source: IN: one JSON object a line, with `id`, `query` and `documents`.
+        source: IN: one JSON object a line, with `query`, `documents` and, if given, `id`.
         name: What it is called.
         path: OUT; OUT.errors and OUT.state stand beside it.
         allow_changed_options: Whether OUT may be continued with other options than it was made with.
@@ -185,8 +219,29 @@ def resume(
     output = Output(path, _get_options(client))
     with ExitStack() as files:
         try:
-            files.enter_context(output.open(_stat(source)))
-            run = BulkRun(source, name, output, allow_changed_options=allow_changed_options)
+            lines, status = Lines(source, name), _stat(source)
+            files.enter_context(output.open(status))
+            is_sized = status and stat.S_ISREG(status.st_mode) and not isinstance(source, gzip.GzipFile)
+            size = status.st_size if status and is_sized else None
+            run = BulkRun(lines, size, output, allow_changed_options=allow_changed_options)
         except OSError as error:
             raise InvalidInputError(f"{error.filename or name}: {error.strerror}") from None
         yield run
+
+
+def tell_each_minute(run: BulkRun, tell: Callable[[str], None]) -> Advance:
+    """Return what to call in place of a bar where nobody would see one.
+
+    Args:
+        run: What goes on.
+        tell: Called once a minute with how far it is.
+    """
+    due = time.monotonic() + 60
+
+    def advance(_count: int = 1, note: str = "", /) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + 60
+            tell(f"{run.at / run.size:.0%} of IN, {note}" if run.size else note)
+
+    return advance

@@ -5,6 +5,7 @@ Frameworks and the client are imported by the command that needs them, so that `
 
 import argparse
 import codecs
+import gzip
 import io
 import json
 import logging
@@ -107,7 +108,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _failed(problem: str, status: int) -> int:
-    print(f"regolo-rerank: {harmless(problem, _encoding())}", file=sys.stderr)
+    _tell(problem)
     return status
 
 
@@ -225,7 +226,7 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int
 
 
 def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **options: Any) -> int:
-    from regolo_rerank._cli.bulk import resume
+    from regolo_rerank._cli.bulk import resume, tell_each_minute
     from regolo_rerank._display.progress import progress
 
     if out == "-":
@@ -238,20 +239,30 @@ def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **optio
         resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
     ):
         if seen and not shown:
-            print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
+            _tell('for a progress bar: pip install "regolo_rerank[progress]"')
         try:
             with progress(run.size, unit="B", initial=run.at, shown=shown) as advance:
-                run.rank(client, advance)
+                run.rank(client, advance if shown else tell_each_minute(run, _tell))
+        except KeyboardInterrupt:
+            _tell("interrupted; run the same command again, it goes on where it was")
+            raise
         finally:
-            print(f"regolo-rerank: {harmless(str(run), _encoding())}", file=sys.stderr)
+            for line in run.summarize():
+                _tell(line)
     return 0 if run.is_complete else 1
 
 
-def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":
+def _tell(line: str) -> None:
+    print(f"regolo-rerank: {harmless(line, _encoding())}", file=sys.stderr, flush=True)
+
+
+def _queries(file: str) -> "BinaryIO | gzip.GzipFile | nullcontext[BinaryIO]":
     if file == "-":
         return nullcontext(_standard_input("queries, one a line"))
+    if file.lower().endswith(".zst"):
+        raise InvalidInputError(f"{file}: cannot be read; unpack it: zstd -dc FILE | regolo-rerank bulk - OUT")
     try:
-        return Path(file).open("rb")
+        return gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb")
     except OSError as error:
         raise InvalidInputError(f"{file}: {error.strerror}") from None
 

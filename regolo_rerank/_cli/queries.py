@@ -1,18 +1,23 @@
 """IN of `regolo-rerank bulk`: its lines, and the query that each of them holds."""
 
 import codecs
+import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO, Final, NamedTuple
+from itertools import chain, islice
+from typing import Any, Final, NamedTuple
 
 from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["Line", "Lines", "Query", "encode", "is_about_pair", "parse_query"]
+__all__ = ["Line", "Lines", "Query", "describe", "encode", "is_about_pair", "parse_query"]
 
+_FIRST: Final = 10
+"""Lines at the beginning, of which one at least must be a query."""
 _PAIR: Final = re.compile(r"^pairs\[\d+\]: ")
 """How the client calls a query; in OUT.errors it has its line's number."""
 
@@ -40,8 +45,7 @@ class Line(NamedTuple):
 
     def encode_failure(self, error: RegoloError) -> bytes:
         """Return the line of OUT.errors: this one with its number and error, so that it can be run again."""
-        message = _PAIR.sub("", str(error)) if isinstance(error, InvalidInputError) else str(error)
-        report = {"type": type(error).__name__, "message": message}
+        report = {"type": type(error).__name__, "message": describe(error)}
         known = {name: getattr(error, name, None) for name in ("status_code", "request_id")}
         report |= {name: value for name, value in known.items() if value}
         failure = {"line": self.number, "error": report, "input": self.read()}
@@ -83,7 +87,7 @@ def _unwrap(given: Any) -> Any:
                 fields = json.loads(given)
                 given = fields if isinstance(fields, dict) else given
         if not isinstance(given, dict) or given.keys() != {"line", "error", "input"}:
-            return number | given if isinstance(given, dict) else given
+            return given | number if isinstance(given, dict) and given.get("id") is None else given
         number, given = {"id": given["line"]}, given["input"]
 
 
@@ -91,26 +95,49 @@ class Lines(Iterator[Line]):
     """The lines of IN that are not blank.
 
     Attributes:
+        name: What IN is called.
         half: Number of the last line where it is still being written, which is left for another run; None as long as
             there is none.
+
+    Raises:
+        InvalidInputError: The first lines hold no query, so that IN is something else; or IN is damaged.
     """
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: Iterable[bytes], name: str) -> None:
+        self.name = name
         self.half: int | None = None
-        self._lines = self._read(source)
+        lines = self._read(source)
+        first: list[Line] = []
+        for line in islice(lines, _FIRST):
+            first.append(line)
+            if parse_query(line)[0].refusal is None:
+                break
+        else:
+            if first:
+                raise InvalidInputError(
+                    f"{name}: none of its first lines is a query; line {first[0].number}: "
+                    f'{parse_query(first[0])[0].refusal}; a line must be like {{"query": "...", "documents": ["..."]}}'
+                )
+        self._lines = chain(first, lines)
 
     def __next__(self) -> Line:
         return next(self._lines)
 
-    def _read(self, source: BinaryIO) -> Iterator[Line]:
-        end = 0
-        for number, raw in enumerate(source, 1):
-            end += len(raw)
-            text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
-            if text and not raw.endswith(b"\n") and not _is_json(text):
-                self.half = number
-            elif text:
-                yield Line(number, end, text)
+    def _read(self, source: Iterable[bytes]) -> Iterator[Line]:
+        end = number = 0
+        try:
+            for raw in source:
+                number += 1
+                end += len(raw)
+                text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
+                if text and not raw.endswith(b"\n") and not _is_json(text):
+                    self.half = number
+                elif text:
+                    yield Line(number, end, text)
+        except EOFError:  # of gzip: its end is not there yet
+            self.half = number + 1
+        except (gzip.BadGzipFile, zlib.error):
+            raise InvalidInputError(f"{self.name}: not gzip, or damaged behind line {number}") from None
 
 
 def _is_json(text: bytes) -> bool:
@@ -125,15 +152,20 @@ def parse_query(line: Line) -> tuple[Query, tuple[str, list[str]]]:
     """Return the query of a line, and what the client ranks; for a line that is refused here, what it refuses too."""
     try:
         fields = _require_object(line.read())
-        name, query, documents = (_require(fields, key) for key in ("id", "query", "documents"))
+        query, documents = (_require(fields, key) for key in ("query", "documents"))
         texts = _get_texts(documents)
         ids = [document.get("id") if isinstance(document, dict) else None for document in documents]
-        _check_id("id", name)
+        _check_id("id", fields.get("id"))
         for index, document_id in enumerate(ids):
             _check_id(f"documents[{index}].id", document_id)
     except InvalidInputError as error:
         return Query(line, refusal=error), ("", [])
-    return Query(line, name, ids), (query, texts)
+    return Query(line, line.number if fields.get("id") is None else fields["id"], ids), (query, texts)
+
+
+def describe(error: RegoloError) -> str:
+    """Return an error's message, without the client's name for the query."""
+    return _PAIR.sub("", str(error)) if is_about_pair(error) else str(error)
 
 
 def is_about_pair(error: RegoloError) -> bool:

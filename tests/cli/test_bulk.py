@@ -1,3 +1,4 @@
+import io
 import itertools
 import os
 import pty
@@ -61,14 +62,33 @@ def test_what_is_left_out_is_the_clients_default(at_stub: Stub, files: Files) ->
 
 
 def test_the_rate_is_that_of_the_run(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the bar stand the queries a second since the run began."""
+    """Behind the bar stand the queries, the failures, and the queries a second since the run began."""
+    files.write(query(0), b"nonsense", *map(query, range(2, COUNT)))
     seconds = itertools.count(0, 0.5)
     monkeypatch.setattr(bulk, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     notes: list[str] = []
     client = RegoloClient(base_url="local://")
     with files.given.open("rb") as source, bulk.resume(client, source, "IN", files.out) as run:
         run.rank(client, lambda _count=1, note="": notes.append(note))
-    assert notes == ["2.0 queries/s"] * COUNT
+    assert notes == [f"{number} queries, {int(number > 1)} failed, 2.0/s" for number in range(1, COUNT + 1)]
+
+
+def test_without_a_terminal_a_line_a_minute_tells_how_far_it_is(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log has the share of IN, and what stands behind a bar, and no more than one such line a minute."""
+    seconds = itertools.count(0, 7)
+    monkeypatch.setattr(bulk, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert files.run("--local") == 0
+    told = capsys.readouterr().err.splitlines()
+    minutes = len(told) - 1
+    assert 3 <= minutes <= next(seconds) / 60
+    for line in told[:-1]:
+        assert re.fullmatch(r"regolo-rerank: \d+% of IN, \d+ queries, 0 failed, 0\.\d/s", line)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files.given.read_bytes())))
+    files.out.unlink()
+    assert main(["bulk", "-", str(files.out), "--local"]) == 0
+    assert capsys.readouterr().err.startswith("regolo-rerank: 5 queries, 0 failed, 0.1/s\n")
 
 
 def folder(files: Files) -> list[str]:
@@ -107,6 +127,8 @@ def state_of(files: Files) -> list[str]:
         (link, "is the input too"),
         (errors_of, "rankings.jsonl.errors: is the input too"),
         (state_of, "rankings.jsonl.state: is the input too"),
+        (lambda files: [f"{files.given}.zst", str(files.out)], "zstd -dc FILE | regolo-rerank bulk - OUT"),
+        (lambda files: [f"{files.given}.gz", str(files.out)], "No such file or directory"),
         (lambda files: [str(files.given), str(files.out), "--json"], "unknown argument --json"),
         (lambda files: [str(files.given), str(files.out), f"--key={KEY}"], "unknown argument --key "),
         (lambda files: [str(files.given), str(files.out), "--api-key", KEY], "REGOLO_API_KEY only"),
@@ -170,7 +192,7 @@ def test_a_terminal_shows_how_far_it_is(files: Files, monkeypatch: pytest.Monkey
     files.given.write_bytes(lines)
     printed = on_a_terminal(monkeypatch, lambda: files.run("--local"))
     assert re.search(r"\r +5\d%\|", printed)
-    assert re.search(r"100%\|.*\| [\d.]+k/[\d.]+k \[00:\d\d<00:\d\d.*, [\d,.]+ queries/s\]", printed)
+    assert re.search(r"100%\|.*\| [\d.]+k/[\d.]+k \[00:\d\d<00:\d\d.*, 24 queries, 0 failed, [\d,.]+/s\]", printed)
     assert f"{COUNT // 2 - 1} ranked with " in printed.splitlines()[-1]
 
 

@@ -62,6 +62,27 @@ def test_a_query_that_fails_alone_is_a_line_of_errors(
     assert read(again.out) == [ranking(number) for number in sorted(bad)]
 
 
+def test_the_summary_has_the_commonest_reasons(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of them stand behind the first line with how often, where numbers and requests tell none apart."""
+    replies = {
+        1: Reply(error("7 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-1"}),
+        2: Reply(error("12 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-2"}),
+        3: error("broken", 500),
+    }
+    at_stub.reply = lambda request: replies.get(number_of(request) or 0) or scored(request)
+    bad = [{"query": "q", "documents": [*["a"] * number, 7]} for number in range(3)]
+    files.write(*map(query, range(4)), *bad, b"nonsense", b"nonsense", {"query": "q"})
+    assert files.run() == 1
+    summary, *reasons = capsys.readouterr().err.splitlines()
+    assert " 9 failed (see " in summary
+    assert reasons == [
+        "regolo-rerank: 3 failed like this: documents[0]: must be a string, or an object with a string in its field "
+        '"text"',
+        "regolo-rerank: 2 failed like this: 7 tokens too many [HTTP 400, request call-1]",
+        "regolo-rerank: 2 failed like this: not a JSON object in UTF-8",
+    ]
+
+
 def test_failures_stay_in_the_order_of_the_input(at_stub: Stub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever has to wait until the service's state is known, what comes behind it waits too."""
     kinds = [b"nonsense", {**query(90), "documents": []}, {**query(91), "documents": [" "]}, query(50), query(51)]

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import sys
@@ -7,8 +8,8 @@ import pydantic_core
 import pytest
 
 from regolo_rerank._cli.main import main
-from tests.support.bulk import COUNT, Files, content, numbers, query, ranking, read
-from tests.support.stub import Stub
+from tests.support.bulk import COUNT, Files, content, failing, numbers, query, ranking, read
+from tests.support.stub import Stub, error, scored
 
 
 def test_a_line_is_what_a_line_feed_ends(files: Files) -> None:
@@ -41,7 +42,7 @@ def test_half_a_line_at_the_end_of_the_input_is_left(
         assert files.run() == 1
         said = capsys.readouterr().err
         assert said.startswith(f"regolo-rerank: {ranked} ranked with ")
-        assert said.endswith(f" s; line 6 of {files.given} is not complete, and left for another run\n")
+        assert said.endswith(f" s\nregolo-rerank: line 6 of {files.given} is not complete, and left for another run\n")
         assert not files.errors.exists()
     files.given.write_bytes(whole + last)
     assert files.run() == 0
@@ -57,8 +58,6 @@ REFUSED: list[tuple[bytes, str]] = [
     (b'{"id": 1, "query": "caf\xe9", "documents": []}', "not a JSON object in UTF-8"),
     (b"[" * 100_000, "not a JSON object in UTF-8"),
     (b'["id", "query", "documents"]', "not a JSON object in UTF-8"),
-    (b'{"query": "q", "documents": []}', 'no field "id"'),
-    (b'{"id": null, "query": "q", "documents": []}', 'no field "id"'),
     (b'{"id": 1, "documents": []}', 'no field "query"'),
     (b'{"id": 1, "query": "q"}', 'no field "documents"'),
     (b'{"id": 1, "query": " ", "documents": ["a"]}', "query: must not be blank"),
@@ -119,6 +118,72 @@ def test_a_failed_query_keeps_its_fields(files: Files) -> None:
     assert second[0] == first[0]
     assert second[1]["error"]["message"] == first[1]["error"]["message"] == "query: must not be blank"
     assert second[2] == first[2]
+
+
+def test_without_an_id_the_lines_number_serves(at_stub: Stub, files: Files) -> None:
+    """A query that has none is called by its line, also where it is ranked from OUT.errors, and from that one's."""
+    nameless = [{**query(number), "id": None} for number in range(3)]
+    del nameless[1]["id"]
+    files.write(nameless[0], b"", *nameless[1:])
+    at_stub.reply = failing(lambda number: number in {1, 2}, error("broken", 500))
+    assert files.run() == 1
+    assert [line["id"] for line in read(files.out)] == [1]
+    again = Files(files.given.parent)
+    again.given, again.out = files.errors, files.out.with_name("again")
+    at_stub.reply = failing(lambda number: number == 2, error("broken", 500))
+    assert again.run() == 1
+    assert [line["id"] for line in read(again.out)] == [3]
+    again.given, again.out = files.out.with_name("again.errors"), files.out.with_name("third")
+    at_stub.reply = scored
+    assert again.run() == 0
+    assert [line["id"] for line in read(again.out)] == [4]
+
+
+@pytest.mark.parametrize(
+    ("content", "number", "problem"),
+    [
+        (b"id,query\n1,capital\n", 1, "not a JSON object in UTF-8"),
+        (b'[{"id": 1, "query": "q", "documents": []}]', 1, "not a JSON object in UTF-8"),
+        (json.dumps([query(1)], indent=1).encode(), 1, "not a JSON object in UTF-8"),
+        (b"PAR1\x15\x04\n\xff\xfe\n\x00", 1, "not a JSON object in UTF-8"),
+        (b'\n{"question": "q", "documents": []}\n', 2, 'no field "query"'),
+        (b'{"query": "q"}\n' * 10 + json.dumps(query(1)).encode(), 1, 'no field "documents"'),
+    ],
+    ids=["csv", "array", "indented", "binary", "other field", "ten lines"],
+)
+def test_what_is_no_file_of_queries_is_refused(
+    content: bytes, number: int, problem: str, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where none of ten lines at the beginning is a query, the first one's problem is told, and no file is made."""
+    files.given.write_bytes(content)
+    assert files.run("--local") == 2
+    said = f"{files.given}: none of its first lines is a query; line {number}: {problem}; a line must be like {{"
+    assert said in capsys.readouterr().err
+    assert list(files.given.parent.iterdir()) == [files.given]
+    files.given.write_bytes(b"nonsense\n" * 9 + json.dumps(query(1)).encode())
+    assert files.run("--local") == 1
+    assert (len(read(files.out)), len(read(files.errors))) == (1, 9)
+
+
+def test_an_input_may_be_compressed(
+    at_stub: Stub, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A .gz is read, also as far as it goes while it is being written; a damaged one is told from it."""
+    packed = gzip.compress(files.given.read_bytes(), mtime=0)
+    files.given = tmp_path / "queries.jsonl.GZ"
+    files.given.write_bytes(packed[:-20])
+    assert files.run() == 1
+    assert f" of {files.given} is not complete, and left for another run" in capsys.readouterr().err
+    ranked = len(read(files.out))
+    assert 0 < ranked < COUNT
+    files.given.write_bytes(packed)
+    assert files.run() == 0
+    assert read(files.out) == [ranking(number) for number in range(COUNT)]
+    assert len(at_stub.received) == COUNT
+    for damaged in (b"nonsense", packed + b"nonsense", packed[:50] + b"nonsense" * 9):
+        files.given.write_bytes(damaged)
+        assert files.run() == 2
+        assert f"{files.given}: not gzip, or damaged behind line " in capsys.readouterr().err
 
 
 def test_what_is_never_sent_needs_no_service(at_stub: Stub, files: Files) -> None:
