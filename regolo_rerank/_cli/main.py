@@ -40,9 +40,13 @@ and one of OUT its ranking, the best document first:
 
   {"id": "q1", "results": [{"index": 1, "relevance_score": 0.97, "id": "d2"}]}
 
-A query that fails is a line of OUT.errors, with its error; that file can be run
-as IN again. A run that was stopped, by whatever it was, goes on where it was
-when it is run again; with another IN it is refused.
+Without an id, the number of the line serves. A query that fails is a line of
+OUT.errors, with its error; that file can be run as IN again.
+
+A run that was stopped, by whatever it was, goes on where it was when the same
+command is run again. OUT.state beside OUT says what is finished and by which
+options: with another IN or other options the run is refused. To start anew,
+remove OUT.
 """
 
 _EPILOG: Final = """\
@@ -167,12 +171,16 @@ def _parsers() -> tuple[_Parser, _Parser]:
         argument_default=argparse.SUPPRESS,
     )
     bulk.set_defaults(run=_bulk)
-    bulk.add_argument("source", metavar="IN", help="queries, one JSON object a line; - is standard input")
+    bulk.add_argument(
+        "source", metavar="IN", help="queries, one JSON object a line; - is standard input; .gz is read too"
+    )
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
     bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
     bulk.add_argument(
-        "--allow-changed-options", action="store_true", help="go on with an OUT that was begun with other options"
+        "--allow-changed-options",
+        action="store_true",
+        help="go on with an OUT that was made with other options, and mix them",
     )
 
     demo = commands.add_parser(

@@ -76,8 +76,10 @@ def test_the_summary_has_the_commonest_reasons(at_stub: Stub, files: Files, caps
     summary, *reasons = capsys.readouterr().err.splitlines()
     assert " 9 failed (see " in summary
     assert reasons == [
-        "regolo-rerank: 3 failed like this: documents[0]: must be a string, or an object with a string in its field "
-        '"text"',
+        (
+            "regolo-rerank: 3 failed like this: documents[0]: must be a string, or an object with a string in its field "
+            '"text"'
+        ),
         "regolo-rerank: 2 failed like this: 7 tokens too many [HTTP 400, request call-1]",
         "regolo-rerank: 2 failed like this: not a JSON object in UTF-8",
     ]
