@@ -65,8 +65,8 @@ def test_a_query_that_fails_alone_is_a_line_of_errors(
 def test_the_summary_has_the_commonest_reasons(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     """Three of them stand behind the first line with how often, where numbers and requests tell none apart."""
     replies = {
-        1: Reply(error("7 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-1"}),
-        2: Reply(error("12 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-2"}),
+        1: Reply(error("7 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-a"}),
+        2: Reply(error("12 tokens too many", 400).body, 400, {"x-litellm-call-id": "call-b"}),
         3: error("broken", 500),
     }
     at_stub.reply = lambda request: replies.get(number_of(request) or 0) or scored(request)
@@ -75,12 +75,10 @@ def test_the_summary_has_the_commonest_reasons(at_stub: Stub, files: Files, caps
     assert files.run() == 1
     summary, *reasons = capsys.readouterr().err.splitlines()
     assert " 9 failed (see " in summary
+    text = 'documents[0]: must be a string, or an object with a string in its field "text"'
     assert reasons == [
-        (
-            "regolo-rerank: 3 failed like this: documents[0]: must be a string, or an object with a string in its field "
-            '"text"'
-        ),
-        "regolo-rerank: 2 failed like this: 7 tokens too many [HTTP 400, request call-1]",
+        f"regolo-rerank: 3 failed like this: {text}",
+        "regolo-rerank: 2 failed like this: 7 tokens too many [HTTP 400, request call-a]",
         "regolo-rerank: 2 failed like this: not a JSON object in UTF-8",
     ]
 

@@ -249,6 +249,17 @@ def test_what_does_not_change_a_ranking_may_change(at_stub: Stub, files: Files) 
     assert files.state.read_text().count("options") == 1
 
 
+def test_without_a_ranking_a_run_starts_anew(files: Files) -> None:
+    """As long as OUT has no line, as where it was removed, failures of before bind nobody to their IN."""
+    files.write({**query(0), "query": " "}, query(1))
+    assert files.run("--local") == 1
+    files.out.unlink()
+    files.write({**query(2), "query": " "}, query(3))
+    assert files.run("--local") == 1
+    assert [line["id"] for line in read(files.out)] == ["id-3"]
+    assert [line["input"]["id"] for line in read(files.errors)] == ["id-2"]
+
+
 @pytest.mark.parametrize("lost", [0, 1, 20, -2, -1])
 def test_the_end_of_errors_is_not_lost_for_good(lost: int, at_stub: Stub, files: Files) -> None:
     """Where OUT.errors alone lost its end, nothing is sent again, and the lines that had failed stand there again."""
