@@ -45,8 +45,9 @@ class RegoloClient(Reranker):
 
     Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+        >>> documents = ["Rome", "Beijing, capital of China"]
+        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
+        'Beijing, capital of China'
     """
 
     def rerank(

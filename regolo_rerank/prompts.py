@@ -33,7 +33,8 @@ class PromptFormat(BaseModel):
         pydantic.ValidationError: A template lacks its placeholder, or holds the other's.
 
     Examples:
-        >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
+        >>> short = PromptFormat(query="Q: {query}", document="D: {document}")
+        >>> short.format_document("<|x|>")
         'D: < |x|>'
     """
 
