@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from regolo_rerank import RegoloError
-from regolo_rerank.plot import rank_changes
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from regolo_rerank.plot import rank_changes
 from tests.support.public import (
     CLASSES,
     OPTIONS,
