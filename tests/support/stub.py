@@ -87,7 +87,7 @@ def together(count: int) -> Callable[[Received], Reply]:
 
 def results(*pairs: tuple[Any, Any], **fields: Any) -> dict[str, Any]:
     """Return the JSON of a reply with these (index, score) pairs."""
-    ranked = [{"index": index, "relevance_score": value, "document": {"text": "…"}} for index, value in pairs]
+    ranked = [{"index": index, "relevance_score": value, "document": None} for index, value in pairs]
     return {"id": "stub-1", "results": ranked, "meta": None, **fields}
 
 
