@@ -144,6 +144,13 @@ CASES: dict[str, Case] = {
         sends(http(json.dumps(ranking({"documents": ["x score=1", "y score=2", "z score=3"]})).encode())),
         APIResponseError,
     ),
+    "one echo of another": Case(changed(lambda reply: reply["results"][2].update(document="x")), APIResponseError),
+    "one echo empty": Case(changed(lambda reply: reply["results"][2].update(document={"text": ""})), APIResponseError),
+    "one echo beside none": Case(changed(lambda reply: reply["results"][2].update(document=None)), None),
+    "indices mixed up": Case(
+        changed(lambda reply: [result.update(index=(result["index"] + 1) % 3) for result in reply["results"]] and None),
+        APIResponseError,
+    ),
     "a list": response(APIResponseError, "[1, 2]"),
     "deep": response(APIResponseError, "[" * 100_000),
     "documents as strings": Case(
