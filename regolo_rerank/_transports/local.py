@@ -65,7 +65,7 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
     except ValidationError as error:
         detail = [{"loc": ["body", *line["loc"]], "msg": line["msg"]} for line in error.errors()]
         return 422, encode({"detail": detail})
-    scores = _scores(scorer or lexical_scores, request.query, list(request.documents))  # which it may sort, say
+    scores = _scores(scorer or lexical_scores, request.query, request.documents)
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": request.documents[index]}}
@@ -78,7 +78,7 @@ def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]
     if inspect.iscoroutinefunction(scorer):
         raise InvalidInputError("scorer: must be an ordinary function, not an async one")
     try:
-        scores = [float(score) for score in scorer(query, documents)]
+        scores = [float(score) for score in scorer(query, list(documents))]  # it may sort them, say
     except InvalidInputError:
         raise
     except Exception as error:
