@@ -218,7 +218,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
 
     def _inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
-        return {"query": query, "documents": documents, "model": self.model, "top_n": self.top_n}
+        # A handler may change what it is shown, while the call goes on.
+        return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
 
     def _contents(self, documents: list[Document]) -> list[str]:
         if not self.metadata_fields:
@@ -266,7 +267,7 @@ def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
     """Return what a run tells: the documents with their scores, and how they came about."""
     fallback = outcome.report["fallback"]
     scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
-    return {"documents": outcome.kept, "scores": scores, **outcome.report}
+    return {"documents": list(outcome.kept), "scores": scores, **outcome.report}
 
 
 def _as_dicts(response: RerankResponse) -> list[RankedIndex]:

@@ -124,7 +124,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             ReRankStartEvent(query=query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model),
         )
         payload: dict[str, Any] = {
-            EventPayload.NODES: run.nodes,
+            EventPayload.NODES: list(run.nodes),  # a handler may change what it is shown, while the call goes on
             EventPayload.MODEL_NAME: self.model,
             EventPayload.QUERY_STR: run.query,
             EventPayload.TOP_K: top_n,
@@ -133,7 +133,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield run
                 kept, report = run.outcome.kept, run.outcome.report
-                event.on_end(payload={EventPayload.NODES: kept, EventPayload.ADDITIONAL_KWARGS: report})
+                event.on_end(payload={EventPayload.NODES: list(kept), EventPayload.ADDITIONAL_KWARGS: report})
         except BaseException as error:
             run.outcome = Outcome([], report_of_failure(error, fallback=False))
             raise

@@ -6,6 +6,7 @@ from typing import Final
 
 import httpx
 
+from regolo_rerank._wire.messages import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
 __all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
@@ -32,10 +33,12 @@ class ReplyBody:
         is_complete: Whether there is nothing to read, as in a reply that a mock has made.
 
     Raises:
-        APIResponseError: A 2xx is compressed in a way that was not asked for.
+        APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
+        if is_reply_to_another(response):  # its connection closes with its body unread
+            raise APIResponseError("the reply cannot be trusted: it belongs to another request")
         self.content = bytearray()
         self.is_complete = response.is_stream_consumed
         self._deadline = deadline

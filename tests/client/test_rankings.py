@@ -82,8 +82,8 @@ def test_the_strings_that_are_sent_are_built_a_batch_at_a_time(
     monkeypatch.setattr(PromptFormat, "format_documents", counted)
     documents = [f"{index} score=0.5" for index in range(1_000)]
     rank(RegoloClient(KEY, base_url=stub.url, top_n=5), "q", documents)
-    # One more for each reply, whose first echo is compared with what was sent.
-    assert sorted(built) == [1] * 10 + [100] * 10
+    # For each reply those five that it echoes, to be compared with what was sent.
+    assert sorted(built) == [5] * 10 + [100] * 10
 
 
 def test_arguments_of_a_call_stand_in_for_options(rank: Rank, stub: Stub) -> None:
