@@ -393,7 +393,7 @@ def _status(file: BinaryIO) -> os.stat_result | None:
 def _locked(path: Path) -> Iterator[None]:
     """Keep other runs from a file, which is there from now on."""
     with path.open("ab") as file:
-        with suppress(ImportError):  # as on Windows
+        with suppress(ImportError, OSError):  # as on Windows, and where a filesystem has no locks
             import fcntl
 
             try:

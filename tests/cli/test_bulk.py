@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import io
 import itertools
@@ -632,6 +633,20 @@ def test_the_output_of_another_input_is_refused(
     assert printed.out == ""
     assert said in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_filesystem_without_locks_is_written_all_the_same(
+    code: int, at_stub: Stub, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file cannot be locked, as on some network drives, a run goes on without."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert files.run() == 0
+    assert len(at_stub.received) == len(read(files.out)) == COUNT
 
 
 def test_two_runs_at_once_are_refused(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
