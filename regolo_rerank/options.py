@@ -36,6 +36,7 @@ from regolo_rerank._wire.checks import (
     check_headers,
     check_key,
     check_text,
+    client_check,
     dump_key,
     read_environment_key,
 )
@@ -144,10 +145,14 @@ class Options(BaseModel):
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
 
-    http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
+    http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
+        default=None, exclude=True, repr=False
+    )
     """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
 
-    async_http_client: SkipJsonSchema[httpx.AsyncClient | None] = Field(default=None, exclude=True, repr=False)
+    async_http_client: SkipJsonSchema[
+        Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
+    ] = Field(default=None, exclude=True, repr=False)
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
@@ -322,10 +327,16 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
         problem = PydanticCustomError(
             line["type"],
             "{reason}, got {kind}",
-            {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
+            {"reason": reason, "kind": f"{_name_type(value)}{shown}"},
         )
         lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+def _name_type(value: object) -> str:
+    """Return the name of a value's type, and where it comes from: libraries call their types alike."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return name if package == "builtins" else f"{package}.{name}"
 
 
 def _describe_unknown(cls: type[BaseModel], name: str) -> str:

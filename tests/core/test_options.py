@@ -76,7 +76,13 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"extra_body": {"x": float("inf")}}, r"extra_body\n  must be plain JSON"),
         ({"extra_body": {"x": json.loads("[" * 300 + "]" * 300)}}, r"extra_body\n  must be plain JSON"),
         ({"scorer": 5}, r"scorer\n  .* got int"),
-        ({"http_client": "x"}, r"http_client\n  .* got str"),
+        ({"http_client": "x"}, r"http_client\n  must be an httpx\.Client, got str"),
+        ({"http_client": httpx.AsyncClient()}, r"http_client\n  must be an httpx\.Client, got httpx\.AsyncClient"),
+        ({"async_http_client": httpx.Client()}, r"client\n  must be an httpx\.AsyncClient, got httpx\.Client"),
+        (
+            {"http_client": type("Client", (), {"__module__": "httpx2._client"})()},
+            r"http_client\n  must be an httpx\.Client, got httpx2\.Client",
+        ),
     ],
 )
 @pytest.mark.parametrize("how", ["constructor", "model_validate", "assignment", "model_copy"])
