@@ -132,6 +132,11 @@ class Options(BaseModel):
     extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
     """Further JSON fields of the request."""
 
+    allow_substitutes: bool = Field(default=False, strict=True)
+    """Lets another model than `model` give a ranking, where the gateway has replaced one that fails: with a
+    `RerankSubstituteWarning`, for whole calls only, and never into the `cache`. A model's name is a promise in other
+    clients too, so by default such a reply is an `APIResponseError`; and regolo.ai is asked not to replace a model."""
+
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
@@ -253,6 +258,16 @@ class Options(BaseModel):
                 return endpoint
         raise InvalidInputError(problem)
 
+    def fields_for(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Return the fields of a request to an endpoint besides those that the API names.
+
+        Args:
+            endpoint: Where requests go.
+        """
+        # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
+        refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
+        return refusal | (self.extra_body or {})
+
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
 
@@ -267,7 +282,7 @@ class Options(BaseModel):
             return None
         key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
         if not key.get_secret_value():
-            if endpoint.demands_key:
+            if endpoint.is_regolo:
                 raise MissingAPIKeyError(
                     f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
                     f"api_key; to try without one, base_url='local://' scores on this machine"
