@@ -179,6 +179,7 @@ def test_json_holds_the_response_in_valid_utf_8(
         ],
         "usage": {"total_tokens": 12, "requests": 1},
         "request_ids": ["call-1"],
+        "model": "reranker",
     }
 
 
