@@ -88,17 +88,18 @@ class Options(BaseModel):
     """Results kept, the best first; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it; the default is a web search, as in Regolo's
-    API examples."""
+    """The task in a sentence, for prompt formats that have a place for it, in the query or in a field of its own; the
+    default is a web search, as in Regolo's API examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
-        | Annotated[Literal["auto", "tagged", "documented", "chat", "plain"], Tag("name")],
+        | Annotated[Literal["auto", "tagged", "documented", "chat", "server_template", "plain"], Tag("name")],
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
     """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
     for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
-    model scores lower, as Regolo's page says."""
+    model scores lower, as Regolo's page says; a server that has the model's template puts them in by itself, and gets
+    `server_template`."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
     """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
@@ -266,7 +267,7 @@ class Options(BaseModel):
         """
         # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
         refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
-        return refusal | (self.extra_body or {})
+        return refusal | self.format_for(endpoint).format_fields(self.instruction) | (self.extra_body or {})
 
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
