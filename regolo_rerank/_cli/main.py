@@ -5,6 +5,7 @@ Frameworks and the client are imported by the command that needs them, so that `
 
 import argparse
 import codecs
+import gzip
 import io
 import json
 import logging
@@ -39,9 +40,13 @@ and one of OUT its ranking, the best document first:
 
   {"id": "q1", "results": [{"index": 1, "relevance_score": 0.97, "id": "d2"}]}
 
-A query that fails is a line of OUT.errors, with its error; that file can be run
-as IN again. A run that was stopped, by whatever it was, goes on where it was
-when it is run again; with another IN it is refused.
+Without an id, the number of the line serves. A query that fails is a line of
+OUT.errors, with its error; that file can be run as IN again.
+
+A run that was stopped, by whatever it was, goes on where it was when the same
+command is run again. OUT.state beside OUT says what is finished and by which
+options: with another IN or other options the run is refused. To start anew,
+remove OUT.
 """
 
 _EPILOG: Final = """\
@@ -107,7 +112,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _failed(problem: str, status: int) -> int:
-    print(f"regolo-rerank: {harmless(problem, _encoding())}", file=sys.stderr)
+    _tell(problem)
     return status
 
 
@@ -166,10 +171,17 @@ def _parsers() -> tuple[_Parser, _Parser]:
         argument_default=argparse.SUPPRESS,
     )
     bulk.set_defaults(run=_bulk)
-    bulk.add_argument("source", metavar="IN", help="queries, one JSON object a line; - is standard input")
+    bulk.add_argument(
+        "source", metavar="IN", help="queries, one JSON object a line; - is standard input; .gz is read too"
+    )
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
     bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    bulk.add_argument(
+        "--allow-changed-options",
+        action="store_true",
+        help="go on with an OUT that was made with other options, and mix them",
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -221,30 +233,44 @@ def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int
     return 0
 
 
-def _bulk(source: str, out: str, **options: Any) -> int:
-    from regolo_rerank._cli.bulk import resumed
+def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **options: Any) -> int:
+    from regolo_rerank._cli.bulk import resume, tell_each_minute
     from regolo_rerank._display.progress import progress
 
     if out == "-":
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
     seen = sys.stderr is not None and sys.stderr.isatty()
     shown = seen and find_spec("tqdm") is not None
-    with _client(options) as client, _queries(source) as lines, resumed(client, lines, source, Path(out)) as run:
+    with (
+        _client(options) as client,
+        _queries(source) as lines,
+        resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
+    ):
         if seen and not shown:
-            print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
+            _tell('for a progress bar: pip install "regolo_rerank[progress]"')
         try:
             with progress(run.size, unit="B", initial=run.at, shown=shown) as advance:
-                run.rank(client, advance)
+                run.rank(client, advance if shown else tell_each_minute(run, _tell))
+        except KeyboardInterrupt:
+            _tell("interrupted; run the same command again, it goes on where it was")
+            raise
         finally:
-            print(f"regolo-rerank: {harmless(str(run), _encoding())}", file=sys.stderr)
-    return 1 if run.failed else 0
+            for line in run.summarize():
+                _tell(line)
+    return 0 if run.is_complete else 1
 
 
-def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":
+def _tell(line: str) -> None:
+    print(f"regolo-rerank: {harmless(line, _encoding())}", file=sys.stderr, flush=True)
+
+
+def _queries(file: str) -> "BinaryIO | gzip.GzipFile | nullcontext[BinaryIO]":
     if file == "-":
         return nullcontext(_standard_input("queries, one a line"))
+    if file.lower().endswith(".zst"):
+        raise InvalidInputError(f"{file}: cannot be read; unpack it: zstd -dc FILE | regolo-rerank bulk - OUT")
     try:
-        return Path(file).open("rb")
+        return gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb")
     except OSError as error:
         raise InvalidInputError(f"{file}: {error.strerror}") from None
 

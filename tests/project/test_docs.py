@@ -52,16 +52,17 @@ def test_every_example_runs(
 
 
 def test_the_bulk_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its command makes its line of OUT from its line of IN, but for the scores."""
-    (command, *_), (given, ranked) = (
+    """Its command makes its line of OUT from its line of IN, but for the scores, and its line of OUT.errors."""
+    (command, *_), (given, ranked, failed) = (
         re.findall(rf"^```{kind}\n(.*?)^```$", PAGES["docs/bulk.md"], re.DOTALL | re.MULTILINE)
         for kind in ("bash", "json")
     )
     name, *arguments = shlex.split(command)
     assert name == "regolo-rerank"
-    (tmp_path / "queries.jsonl").write_text(given, "utf-8")
+    (tmp_path / "queries.jsonl").write_text(given + json.dumps(json.loads(failed)["input"]), "utf-8")
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--local"]) == 0
+    assert main([*arguments, "--local"]) == 1
+    assert (tmp_path / "rankings.jsonl.errors").read_text("utf-8") == failed
     out, said = json.loads((tmp_path / "rankings.jsonl").read_text("utf-8")), json.loads(ranked)
     for result in [*out["results"], *said["results"]]:
         assert 0 <= result.pop("relevance_score") <= 1
@@ -72,7 +73,7 @@ def test_no_code_of_the_documentation_is_left_out() -> None:
     """Every fence belongs to a block that is run, and no code stands outside of one."""
     run = {path: sum(name.startswith(f"{path} ") for name in EXAMPLES) for path in PAGES}
     run["README.md"] += 2  # the first is run in the demo's tests, the second runs all of them
-    run["docs/bulk.md"] += 3
+    run["docs/bulk.md"] += 4
     for path, text in PAGES.items():
         assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * run[path], path
         outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)

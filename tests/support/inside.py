@@ -5,10 +5,12 @@ Unit tests whose subject is a module of the inside import that module by themsel
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regolo_rerank._cli import output
 from regolo_rerank._cli.main import main
 from regolo_rerank._core import queue, retry
 from regolo_rerank._core.reranker import Reranker
@@ -33,6 +35,7 @@ __all__ = [
     "pools_of",
     "private_state_of",
     "refusal_of",
+    "watch_bulk_files",
     "workers",
     "write_labels",
 ]
@@ -101,6 +104,19 @@ def write_labels(axes: Any, texts: list[str], size: float) -> None:
     from regolo_rerank import plot
 
     plot._label(axes, texts, size)
+
+
+def watch_bulk_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that grows by a path for each line that `bulk` writes."""
+    written: list[Path] = []
+    add = output._File.add
+
+    def add_and_tell(file: output._File, line: bytes) -> None:
+        written.append(file.path)
+        add(file, line)
+
+    monkeypatch.setattr(output._File, "add", add_and_tell)
+    return written
 
 
 # --- what a test changes ----------------------------------------------------------------------------------------------
