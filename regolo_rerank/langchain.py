@@ -132,6 +132,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         *,
         model: str | None = None,
         top_n: int | None = None,
+        instruction: str | None = None,
     ) -> list[RankedIndex]:
         """Rank documents of any kind, as LangChain's other rerankers do.
 
@@ -140,6 +141,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             query: What was searched; not blank.
             model: Name of the reranking model; None takes the option.
             top_n: Results kept; None takes the option.
+            instruction: The task in a sentence; None takes the option.
 
         Returns:
             min(N, top_n) dicts at most, the best first, with `index` into `documents` and `relevance_score`.
@@ -147,7 +149,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Raises:
             RegoloError: See `RegoloClient.rerank`; `on_error` does not apply, since indices need scores.
         """
-        return _as_dicts(self._rank(query, self._texts(documents), model=model, top_n=top_n))
+        ranking = self._rank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
+        return _as_dicts(ranking)
 
     async def arerank(
         self,
@@ -156,16 +159,18 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         *,
         model: str | None = None,
         top_n: int | None = None,
+        instruction: str | None = None,
     ) -> list[RankedIndex]:
         """Rank as `rerank` does, without blocking the event loop."""
-        return _as_dicts(await self._arank(query, self._texts(documents), model=model, top_n=top_n))
+        ranking = await self._arank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
+        return _as_dicts(ranking)
 
     def as_runnable(self) -> "Runnable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
         It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
-        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
-        other inputs.
+        later count for it too. `bind(instruction=...)` and `invoke(..., instruction=...)` set the task of a call. It
+        traces as a direct call does and raises the same errors, and `InvalidInputError` for other inputs.
 
         Example:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
@@ -177,17 +182,19 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
         return Step(type(self).__name__, self._traced, self._atraced)
 
-    def _traced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    def _traced(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
         documents = check_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._outcome(query, documents, self._contents, _scored).kept
+            return self._outcome(query, documents, self._contents, _scored, **arguments).kept
         inputs = self._inputs(documents, query)
         run = manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
-            outcome = self._outcome(query, documents, self._contents, _scored)
+            outcome = self._outcome(query, documents, self._contents, _scored, **arguments)
         except BaseException as error:
             run.on_chain_error(error)
             raise
@@ -196,16 +203,18 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         run.on_chain_end(outputs)
         return outcome.kept
 
-    async def _atraced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    async def _atraced(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         documents = check_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return (await self._aoutcome(query, documents, self._contents, _scored)).kept
+            return (await self._aoutcome(query, documents, self._contents, _scored, **arguments)).kept
         inputs = self._inputs(documents, query)
         run = await manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
-            outcome = await self._aoutcome(query, documents, self._contents, _scored)
+            outcome = await self._aoutcome(query, documents, self._contents, _scored, **arguments)
         except BaseException as error:
             await run.on_chain_error(error)
             raise

@@ -50,6 +50,7 @@ class RerankResponse:
 
     Attributes:
         id: The service's name for the first reply; None where nothing was sent.
+        model: The model that has answered, as far as the server says it; None where it does not, or nothing was sent.
         results: The documents that were kept, by falling score, equal scores in input order.
         meta: The `meta` of the first reply, as it came.
         usage: Tokens and requests, added up over all requests of the call.
@@ -61,6 +62,7 @@ class RerankResponse:
     meta: Any = None
     usage: Usage = field(default_factory=Usage)
     request_ids: list[str] = field(default_factory=list)
+    model: str | None = None
 
     def __str__(self) -> str:
         from regolo_rerank._display.tables import text

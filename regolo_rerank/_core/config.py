@@ -39,6 +39,7 @@ class RequestConfig:
 
     Attributes:
         key: The key that requests carry, once `require_key` has found it.
+        fields: What requests say besides model, query, documents and top_n.
         timeout: Seconds for one attempt; None leaves that to the caller's client, or to a scorer on this machine.
         send_options: Arguments of the client's `send`.
 
@@ -58,6 +59,7 @@ class RequestConfig:
         self.callers_client = callers_client
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)
+        self.fields = options.fields_for(self.endpoint)
         self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}

@@ -28,6 +28,7 @@ __all__ = [
     "is_reply_to_another",
     "mask",
     "new_name",
+    "parse_number",
     "read_error",
     "read_reply",
     "repair",
@@ -72,6 +73,7 @@ class Reply(BaseModel):
     """The JSON of a reply."""
 
     id: Any = None
+    model: Any = None
     results: list[Result]
     meta: Any = None
     usage: Any = None
@@ -204,8 +206,8 @@ def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Rep
     """Return a reply that does not quote the key in what callers see of it."""
     if not any(quoted.encode() in body for quoted in _spell(secret)):
         return reply
-    seen = json.loads(mask(json.dumps([reply.id, reply.meta]), secret))
-    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+    seen = {"id": reply.id, "model": reply.model, "meta": reply.meta}
+    return reply.model_copy(update=json.loads(mask(json.dumps(seen), secret)))
 
 
 def _spell(secret: SecretStr | None) -> set[str]:
@@ -272,7 +274,7 @@ _TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
-    waits = [_parse_number(headers.get("retry-after-ms", ""), 0.001), _parse_number(headers.get("retry-after", ""))]
+    waits = [parse_number(headers.get("retry-after-ms", ""), 0.001), parse_number(headers.get("retry-after", ""))]
     if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
@@ -280,11 +282,12 @@ def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
         with suppress(ValueError):
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
-        waits.append(_parse_number(found[1]))
+        waits.append(parse_number(found[1]))
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
-def _parse_number(text: str, unit: float = 1.0) -> float | None:
+def parse_number(text: str, unit: float = 1.0) -> float | None:
+    """Return the number from 0 that a header holds; None where it holds none."""
     try:
         seconds = float(text) * unit
     except ValueError:
