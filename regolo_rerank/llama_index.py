@@ -59,6 +59,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
+        callback_manager: LlamaIndex's own, for handlers of its older kind; may be assigned later.
         **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
 
     Raises:
