@@ -32,6 +32,7 @@ def test_a_response_is_the_sequence_of_its_results(rank: Rank, client: RegoloCli
 def test_results_make_a_data_frame(rank: Rank, client: RegoloClient) -> None:
     """Pandas has a row for each result, with the fields' own types, whether it is given the results or the response."""
     response = rank(client, "q", texts(3))
+    given: Any
     for given in (response.results, response):
         frame = pd.DataFrame(given)
         assert list(frame.columns) == ["index", "relevance_score", "document"]
