@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
 from regolo_rerank._wire.checks import (
     API_KEY_VARIABLE,
     check_base_url,
@@ -162,8 +163,21 @@ class Options(BaseModel):
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+        __signature__ = OptionsSignature()
+
+        @classmethod
+        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+            super().__pydantic_init_subclass__(**kwargs)
+            if cls.__doc__:
+                cls.__doc__ = OptionsDocstring(cls.__doc__)
+
+        @classmethod
+        def __pydantic_on_complete__(cls) -> None:
+            super().__pydantic_on_complete__()
+            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
 
         def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            """Take the options, each of them checked."""
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
