@@ -76,10 +76,14 @@ class AdapterOptions(Reranker):
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
-        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
+        """Rank candidates by their `texts`, or fall back.
+
+        `scored` gives those that a ranking keeps, and `arguments` stand in for options in this call.
+        """
         try:
-            response = self._rank(query, texts(candidates))
+            response = self._rank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates)
         return Outcome(scored(candidates, response), report_of(response))
@@ -90,9 +94,10 @@ class AdapterOptions(Reranker):
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
         try:
-            response = await self._arank(query, texts(candidates))
+            response = await self._arank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates)
         return Outcome(scored(candidates, response), report_of(response))

@@ -5,6 +5,7 @@ Frameworks and the client are imported by the command that needs them, so that `
 
 import argparse
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered would fail again when Python ends.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
+        # On Windows a closed pipe is EINVAL.
+        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _failed(str(error), 1)
     except KeyboardInterrupt:
         return 130
 

@@ -11,7 +11,7 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._wire.body import ReplyBody
+from regolo_rerank._wire.body import READ, ReplyBody
 from regolo_rerank.errors import APIConnectionError
 
 __all__ = ["finish", "finish_in_order"]
@@ -137,4 +137,5 @@ class _Threads:
                     body.add(chunk)
         finally:
             response.close()
+            response.stream = READ
         return Reply(response, body.content)

@@ -78,7 +78,7 @@ def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]
     if inspect.iscoroutinefunction(scorer):
         raise InvalidInputError("scorer: must be an ordinary function, not an async one")
     try:
-        scores = [float(score) for score in scorer(query, documents)]
+        scores = [float(score) for score in scorer(query, list(documents))]  # it may sort them, say
     except InvalidInputError:
         raise
     except Exception as error:

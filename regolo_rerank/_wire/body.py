@@ -6,12 +6,16 @@ from typing import Final
 
 import httpx
 
+from regolo_rerank._wire.messages import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
-__all__ = ["MAX_REPLY_BYTES", "ReplyBody"]
+__all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a reply, decompressed, after which it is refused."""
+
+READ: Final = httpx.ByteStream(b"")
+"""What a reply has in place of its stream once it is read: that one refers back to the reply, and frees it late."""
 
 _GZIP: Final = 31
 """What zlib calls gzip."""
@@ -29,10 +33,12 @@ class ReplyBody:
         is_complete: Whether there is nothing to read, as in a reply that a mock has made.
 
     Raises:
-        APIResponseError: A 2xx is compressed in a way that was not asked for.
+        APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
+        if is_reply_to_another(response):  # its connection closes with its body unread
+            raise APIResponseError("the reply cannot be trusted: it belongs to another request")
         self.content = bytearray()
         self.is_complete = response.is_stream_consumed
         self._deadline = deadline

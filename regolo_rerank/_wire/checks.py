@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -13,6 +13,7 @@ from regolo_rerank._wire.endpoint import read_base_url
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = [
+    "API_FIELDS",
     "API_KEY_VARIABLE",
     "check_base_url",
     "check_cache",
@@ -20,11 +21,17 @@ __all__ = [
     "check_headers",
     "check_key",
     "check_text",
+    "client_check",
     "dump_key",
     "read_environment_key",
 ]
 
+T = TypeVar("T")
+
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
+
+API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
+"""The fields of a request that the API names, each of them an argument here."""
 
 
 def check_base_url(base_url: str) -> str:
@@ -82,6 +89,17 @@ def check_cache(cache: object) -> object:
     return cache
 
 
+def client_check(kind: type[T]) -> Callable[[object], T | None]:
+    """Return what checks a client of the caller's own, which has to be of this class of httpx's."""
+
+    def check(client: object) -> T | None:
+        if client is None or isinstance(client, kind):
+            return client
+        raise ValueError(f"must be an httpx.{kind.__name__}")
+
+    return check
+
+
 def check_text(text: str) -> str:
     """Return a text that is not blank."""
     if not text.strip():
@@ -91,7 +109,7 @@ def check_text(text: str) -> str:
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return further fields of a request that are plain JSON."""
-    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
+    if ours := fields.keys() & API_FIELDS:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
         json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()

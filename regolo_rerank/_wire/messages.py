@@ -7,20 +7,39 @@ The shapes are those of Regolo's API page and of recorded exchanges with the gat
 import json
 import math
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = ["Reply", "Request", "Result", "encode", "mask", "read_error", "read_reply", "repair", "request_id_of"]
+__all__ = [
+    "Reply",
+    "Request",
+    "Result",
+    "encode",
+    "is_reply_to_another",
+    "mask",
+    "new_name",
+    "parse_number",
+    "read_error",
+    "read_reply",
+    "repair",
+    "request_id_of",
+]
 
 _CLIP: Final = 2_000
+
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_NAME: Final = "regolo_rerank-"
+"""How the names of this package's requests begin."""
 
 
 class Request(BaseModel):
@@ -54,6 +73,7 @@ class Reply(BaseModel):
     """The JSON of a reply."""
 
     id: Any = None
+    model: Any = None
     results: list[Result]
     meta: Any = None
     usage: Any = None
@@ -93,9 +113,26 @@ def repair(value: Any) -> Any:
     return value
 
 
+def new_name() -> dict[str, str]:
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+
+
+def is_reply_to_another(response: httpx.Response) -> bool:
+    """Return whether a reply has the name of another request of this package.
+
+    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
+    """
+    return "network_stream" in response.extensions and any(
+        (name := response.headers.get(header, "")).startswith(_NAME)
+        and response.request.headers.get(header, "") not in name
+        for header in _NAME_HEADERS
+    )
+
+
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return _clean(headers.get("x-litellm-call-id") or headers.get("x-request-id"), secret)
+    return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
@@ -169,8 +206,8 @@ def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Rep
     """Return a reply that does not quote the key in what callers see of it."""
     if not any(quoted.encode() in body for quoted in _spell(secret)):
         return reply
-    seen = json.loads(mask(json.dumps([reply.id, reply.meta]), secret))
-    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+    seen = {"id": reply.id, "model": reply.model, "meta": reply.meta}
+    return reply.model_copy(update=json.loads(mask(json.dumps(seen), secret)))
 
 
 def _spell(secret: SecretStr | None) -> set[str]:
@@ -237,7 +274,7 @@ _TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
-    waits = [_parse_number(headers.get("retry-after-ms", ""), 0.001), _parse_number(headers.get("retry-after", ""))]
+    waits = [parse_number(headers.get("retry-after-ms", ""), 0.001), parse_number(headers.get("retry-after", ""))]
     if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
@@ -245,11 +282,12 @@ def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
         with suppress(ValueError):
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
-        waits.append(_parse_number(found[1]))
+        waits.append(parse_number(found[1]))
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
-def _parse_number(text: str, unit: float = 1.0) -> float | None:
+def parse_number(text: str, unit: float = 1.0) -> float | None:
+    """Return the number from 0 that a header holds; None where it holds none."""
     try:
         seconds = float(text) * unit
     except ValueError:

@@ -270,9 +270,28 @@ def test_a_step_says_what_it_takes_and_gives(step: Step) -> None:
 
 def test_a_step_refuses_arguments(call: Call, step: Step, stub: Stub) -> None:
     """What is bound to it would have no effect, so it is an error that names it."""
-    with pytest.raises(InvalidInputError, match="top_n: the runnable takes no arguments; set options on the reranker"):
+    with pytest.raises(InvalidInputError, match="top_n: the runnable takes no argument but instruction"):
         call(step.bind(top_n=1).invoke, candidates())
     assert stub.received == []
+
+
+def test_a_step_takes_the_task_of_a_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """`instruction` can be bound to a step or be passed to its call, and holds for that call alone."""
+    reranker.prompt_format = "server_template"
+    step = reranker.as_runnable()
+    call(step.bind(instruction="bound").invoke, candidates())
+    call(step.invoke, candidates(), None, instruction="passed")
+    call(step.batch, [candidates(), candidates()], None, instruction="for a batch")
+    call(step.invoke, candidates())
+    assert [request.json["instruction"] for request in stub.received] == [
+        "bound",
+        "passed",
+        "for a batch",
+        "for a batch",
+        reranker.instruction,
+    ]
+    with pytest.raises(InvalidInputError, match="instruction: "):
+        call(step.bind(instruction=7).invoke, candidates())
 
 
 def test_a_step_can_be_pickled(call: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:

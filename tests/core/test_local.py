@@ -134,6 +134,23 @@ def test_a_scorer_sees_the_plain_texts(rank: Rank) -> None:
     assert seen == [(QUERY, [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3]])]
 
 
+def test_a_scorer_may_do_with_its_list_what_it_wants(rank: Rank) -> None:
+    """The scores belong to the documents in their own order, also where a scorer has sorted or emptied the list."""
+
+    def scorer(_: str, documents: list[str]) -> list[float]:
+        scores = [float(text[-1]) for text in documents]
+        documents.sort()
+        documents.pop()
+        return scores
+
+    response = rank(RegoloClient(base_url="local://", scorer=scorer), QUERY, ["c 9", "a 1", "b 5"])
+    assert [(result.document, result.relevance_score) for result in response.results] == [
+        ("c 9", 9.0),
+        ("b 5", 5.0),
+        ("a 1", 1.0),
+    ]
+
+
 def test_a_scorer_that_computes_does_not_block_the_event_loop() -> None:
     """While a scorer works, the loop goes on."""
 
