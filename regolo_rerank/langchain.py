@@ -62,7 +62,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     Args:
         api_key: The key, also as `regolo_api_key`; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
+        **options: Any option, by name: those below, and those of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.

@@ -60,7 +60,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
         callback_manager: LlamaIndex's own, for handlers of its older kind; may be assigned later.
-        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
+        **options: Any option, by name: those below, and those of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
