@@ -67,11 +67,12 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
-        >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
-        >>> reranker.compress_documents(documents, "capital of China")
-        [Document(metadata={'relevance_score': 1.0}, page_content='Beijing is the capital of China.')]
+        >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
+        >>> best = reranker.compress_documents(documents, "capital of China")[0]
+        >>> best.page_content, list(best.metadata)
+        ('Beijing, capital of China', ['relevance_score'])
     """
 
     metadata_fields: tuple[str, ...] = ()
@@ -172,10 +173,12 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         later count for it too. `bind(instruction=...)` and `invoke(..., instruction=...)` set the task of a call. It
         traces as a direct call does and raises the same errors, and `InvalidInputError` for other inputs.
 
-        Example:
+        Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
-            >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
-            'Pasta al pesto'
+            >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
+            >>> candidates = {"query": "capital of China", "documents": documents}
+            >>> step.invoke(candidates)[0].page_content
+            'Beijing, capital of China'
         """
         # LangChain's runnables take longer to load than all else together.
         from regolo_rerank._adapters.runnable import Step

@@ -67,11 +67,13 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
             `RerankFallbackWarning` instead.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import TextNode
-        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
-        >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score
-        1.0
+        >>> texts = ["Rome", "Beijing, capital of China"]
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+        >>> reranker = RegoloRerank(base_url="local://", top_n=1)
+        >>> reranker.postprocess_nodes(nodes, query_str="capital of China")[0].text
+        'Beijing, capital of China'
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED

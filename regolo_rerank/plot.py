@@ -100,7 +100,7 @@ def rank_changes(
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there
             are not as many labels as candidates.
 
-    Example:
+    Examples:
         >>> before = ["Rome is in Italy.", "Beijing is the capital of China."]
         >>> picture = rank_changes(before, before[::-1])
     """

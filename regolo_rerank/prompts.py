@@ -38,8 +38,9 @@ class PromptFormat(BaseModel):
         pydantic.ValidationError: A template lacks its placeholder, or holds the other's, or the instruction would be
             sent twice or in the place of something else.
 
-    Example:
-        >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
+    Examples:
+        >>> short = PromptFormat(query="Q: {query}", document="D: {document}")
+        >>> short.format_document("<|x|>")
         'D: < |x|>'
     """
 
