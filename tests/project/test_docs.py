@@ -216,10 +216,10 @@ def test_a_notebook_is_a_page(site: Path) -> None:
 
 def test_code_is_80_columns_wide_at_most(site: Path) -> None:
     """On no page has code to be scrolled beside text that has not; what a notebook has printed stays as it is."""
-    for page, text in PAGES.items():
-        code = re.findall(r"^```\w+\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        assert [line for block in code for line in block.splitlines() if len(line) > 80] == [], page
+    for name, markdown in PAGES.items():
+        code = re.findall(r"^```\w+\n(.*?)^```$", markdown, re.DOTALL | re.MULTILINE)
+        assert [line for block in code for line in block.splitlines() if len(line) > 80] == [], name
     for page in site.glob("*/index.html"):
         blocks = re.findall(r"<pre>(.*?)</pre>", page.read_text("utf-8"), re.DOTALL)
         lines = html.unescape(re.sub(r"<[^>]+>", "", "\n".join(blocks))).splitlines()
-        assert [line for line in lines if len(line) > 80] == [], page
+        assert [line for line in lines if len(line) > 80] == [], name
