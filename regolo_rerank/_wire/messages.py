@@ -78,6 +78,7 @@ class Reply(BaseModel):
             ("usage", "total_tokens"),
             ("usage", "prompt_tokens"),
             ("meta", "billed_units", "total_tokens"),
+            ("meta", "billed_units", "input_tokens"),
             ("meta", "tokens", "input_tokens"),
         ):
             value = _find({"usage": self.usage, "meta": self.meta}, *place)

@@ -36,7 +36,7 @@ def test_usage_adds_up_over_requests(
     handler = Handler()
     rerank(adapter, handler=handler)
     told = handler.told[-1][-1] if isinstance(adapter, LangChainRerank) else events[-1].model_dump()
-    assert told["usage"] == {"total_tokens": None if shape == "none" else 21, "requests": 4}
+    assert told["usage"] == {"total_tokens": None if shape == "none" else 21, "requests": 4, "cost": None}
 
 
 def too_long(request: Received) -> Reply:

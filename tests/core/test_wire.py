@@ -265,6 +265,8 @@ def test_the_wait_that_the_server_asks_for(headers: dict[str, str], message: str
         ({"usage": {"prompt_tokens": 5}}, 5),
         ({"meta": {"billed_units": {"total_tokens": 9}, "tokens": {"input_tokens": 8}}}, 9),
         ({"meta": {"tokens": {"input_tokens": 8}}}, 8),
+        ({"meta": {"billed_units": {"input_tokens": 6}}}, 6),
+        ({"meta": {"billed_units": {"total_tokens": 9, "input_tokens": 6}}}, 9),
         ({"usage": {"total_tokens": 0}}, 0),
         ({"usage": {"total_tokens": 7}, "meta": {"tokens": {"input_tokens": 8}}}, 7),
         ({"usage": {"total_tokens": None}, "meta": {"tokens": {"input_tokens": 8}}}, 8),
