@@ -22,6 +22,7 @@ __all__ = [
     "Reply",
     "Request",
     "Result",
+    "advise_on_length",
     "encode",
     "mask",
     "parse_number",
@@ -32,6 +33,11 @@ __all__ = [
 ]
 
 _CLIP: Final = 2_000
+
+_CONTEXT_LENGTH: Final = re.compile(r"context length is (\d{1,9})")
+_USUAL_CONTEXT: Final = 4_096
+_CHARACTERS_A_TOKEN: Final = 2
+"""Fewer than in European languages, which have three to four: the tags, the query and the instruction need room too."""
 
 
 class Request(BaseModel):
@@ -165,6 +171,23 @@ def read_error(
         type=details.get("type"),
         body=text,
         retry_after=_find_wait(headers, message),
+    )
+
+
+def advise_on_length(problem: str, index: int, length: int) -> str:
+    """Return what to do where a document is over the model's context.
+
+    Args:
+        problem: The server's words, which in vLLM's case name the limit.
+        index: The longest document's place in the caller's list.
+        length: Its characters.
+    """
+    found = _CONTEXT_LENGTH.search(problem)
+    tokens = int(found[1]) if found else _USUAL_CONTEXT
+    return (
+        f"the longest document sent is documents[{index}] with {length} characters; to cut what is scored, start with "
+        f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
+        f"where the server takes it, as vLLM does"
     )
 
 
