@@ -45,7 +45,7 @@ class RegoloClient(Reranker):
     Example:
         >>> client = RegoloClient(base_url="local://")
         >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+        [RerankResult(index=1, relevance_score=0.999769, document='Beijing, capital of China')]
     """
 
     def rerank(

@@ -71,7 +71,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
         >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
         >>> reranker.compress_documents(documents, "capital of China")
-        [Document(metadata={'relevance_score': 1.0}, page_content='Beijing is the capital of China.')]
+        [Document(metadata={'relevance_score': 0.999747}, page_content='Beijing is the capital of China.')]
     """
 
     metadata_fields: tuple[str, ...] = ()

@@ -71,7 +71,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         >>> from llama_index.core.schema import TextNode
         >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
         >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score
-        1.0
+        0.999769
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED

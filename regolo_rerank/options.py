@@ -217,7 +217,7 @@ class Options(BaseModel):
     does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
     http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
     """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""

@@ -26,6 +26,7 @@ import pytest
 from regolo_rerank import RegoloClient
 from regolo_rerank._cli import bulk
 from regolo_rerank._cli.main import main
+from regolo_rerank._transports.scorer import _model
 from tests.conftest import KEY
 from tests.support.stub import Received, Reply, Stub, error, results, score, scored
 
@@ -738,8 +739,9 @@ def test_wrong_use_is_status_2(
 def test_a_missing_package_is_no_querys_fault(
     files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without rapidfuzz, `--local` is wrong use, and no query is blamed."""
-    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    """Without WordLlama, `--local` is wrong use, and no query is blamed."""
+    _model.cache_clear()
+    monkeypatch.setitem(sys.modules, "wordllama", None)
     assert files.run("--local") == 2
     assert "regolo_rerank[local]" in capsys.readouterr().err
     assert files.contents() == (b"", b"")
