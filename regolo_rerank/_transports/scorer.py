@@ -5,19 +5,19 @@ vectors, a token that comes n times counting for the square root of n, so that n
 """
 
 import functools
-import inspect
-import logging
 import math
 import re
 import threading
+from importlib.metadata import distribution
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from regolo_rerank.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from wordllama.inference import WordLlamaInference
+    import numpy as np
+    from tokenizers import Tokenizer
 
 __all__ = ["embedded_scores"]
 
@@ -29,6 +29,12 @@ _EVEN: Final = 0.18
 documents that answer as on all others: at this similarity a document is as likely to be of either kind."""
 
 _loading: Final = threading.Lock()
+
+
+class _Model(NamedTuple):
+    tokenizer: "Tokenizer"
+    vectors: "np.ndarray[Any, np.dtype[np.float32]]"
+    """32,000 x 256: a row for each token."""
 
 
 def embedded_scores(query: str, documents: list[str]) -> list[float]:
@@ -43,7 +49,7 @@ def embedded_scores(query: str, documents: list[str]) -> list[float]:
         documents: N texts.
 
     Returns:
-        N numbers from 0 to 1; 0 where the query or the document holds no token that has a vector.
+        N numbers from 0 to 1; 0 where the query or the document holds no token.
 
     Raises:
         InvalidInputError: WordLlama is not installed.
@@ -54,8 +60,8 @@ def embedded_scores(query: str, documents: list[str]) -> list[float]:
     return [0.0 if wanted is None else _score(model, wanted, document) for document in documents]
 
 
-def _score(model: "WordLlamaInference", wanted: Any, document: str) -> float:
-    """Return the score of one document for a query's vector of length 1."""
+def _score(model: _Model, wanted: Any, document: str) -> float:
+    """Return the score of one document for a query's vector."""
     sentences = [_tokens(model, sentence) for sentence in _SENTENCE_END.split(document)]
     whole = _vector(model, list(chain.from_iterable(sentences)))
     if whole is None:
@@ -66,35 +72,35 @@ def _score(model: "WordLlamaInference", wanted: Any, document: str) -> float:
     return round(1 / (1 + math.exp(_SLOPE * (_EVEN - (wanted @ whole + nearest) / 2))), 6)
 
 
-def _tokens(model: "WordLlamaInference", text: str) -> list[int]:
-    ids: list[int] = model.tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+def _tokens(model: _Model, text: str) -> list[int]:
+    # One text at a time: a batch would start threads, after which a process must not be forked.
+    return model.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _vector(model: "WordLlamaInference", tokens: list[int]) -> Any:
-    """Return the vector of a text, of length 1, or None for one that has none."""
+def _vector(model: _Model, tokens: list[int]) -> Any:
+    """Return the vector of a text, of length 1, or None for one without tokens."""
     import numpy as np
 
-    ids, counts = np.unique(np.asarray(tokens, dtype=np.intp), return_counts=True)
-    vector = np.sqrt(counts, dtype=np.float32) @ model.embedding[ids]
-    length = np.linalg.norm(vector)
-    return vector / length if length else None
+    if not tokens:
+        return None
+    ids, counts = np.unique(tokens, return_counts=True)
+    vector = np.sqrt(counts, dtype=np.float32) @ model.vectors[ids]
+    return vector / np.linalg.norm(vector)
 
 
 @functools.cache
-def _model() -> "WordLlamaInference":
-    """Read the vectors, which takes up to half a second."""
-    # WordLlama sets up the root logger when it is imported, which is the program's business, unless it has a handler.
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
+def _model() -> _Model:
+    """Read the vectors, once in a process."""
+    # WordLlama itself is not imported: that sets up the root logger, and its loader looks for files on the network.
     try:
-        from wordllama import WordLlama
+        folder = Path(str(distribution("wordllama").locate_file("wordllama")))
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
     except ImportError:
         raise InvalidInputError(
             'base_url="local://" scores with WordLlama: pip install "regolo_rerank[local]", or pass a scorer'
         ) from None
-    finally:
-        root.removeHandler(handler)
-    # It looks for the tokenizer, which lies beside the weights in its wheel, in the folder of downloads only.
-    folder = Path(inspect.getfile(WordLlama)).parent
-    return WordLlama.load(cache_dir=folder, disable_download=True)
+    return _Model(
+        Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json")),
+        load_file(folder / "weights" / "l2_supercat_256.safetensors")["embedding.weight"].astype("float32"),
+    )

@@ -741,7 +741,7 @@ def test_a_missing_package_is_no_querys_fault(
 ) -> None:
     """Without WordLlama, `--local` is wrong use, and no query is blamed."""
     _model.cache_clear()
-    monkeypatch.setitem(sys.modules, "wordllama", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert files.run("--local") == 2
     assert "regolo_rerank[local]" in capsys.readouterr().err
     assert files.contents() == (b"", b"")

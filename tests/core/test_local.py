@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from regolo_rerank import InvalidInputError, RegoloClient
 from regolo_rerank._transports.local import answer
@@ -217,15 +218,13 @@ def test_a_sentence_of_a_long_document_is_found() -> None:
 
 def test_the_vectors_are_read_once_by_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that score at the same time for the first time wait for one reading."""
-    import wordllama
+    real, reads = safetensors.numpy.load_file, []
 
-    real, reads = wordllama.WordLlama.load, []
+    def load_file(path: Path) -> Any:
+        reads.append(path)
+        return real(path)
 
-    def load(**arguments: Any) -> Any:
-        reads.append(threading.current_thread())
-        return real(**arguments)
-
-    monkeypatch.setattr(wordllama.WordLlama, "load", load)
+    monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
     _model.cache_clear()
     with ThreadPoolExecutor(8) as threads:
         scores = list(threads.map(lambda _: tuple(embedded_scores(QUERY, DOCUMENTS)), range(8)))
@@ -240,7 +239,7 @@ def refuse(*_, **__): raise Refused
 socket.socket.connect = socket.getaddrinfo = refuse
 before = logging.getLogger().level, list(logging.getLogger().handlers)
 from regolo_rerank import RegoloClient
-assert not {"wordllama", "numpy", "requests"} & sys.modules.keys()
+assert not {"numpy", "safetensors", "tokenizers"} & sys.modules.keys()
 results = RegoloClient(base_url="local://").rerank("capital of China", ["Rome", "Beijing, capital of China"]).results
 assert [result.index for result in results] == [1, 0]
 assert (logging.getLogger().level, logging.getLogger().handlers) == before
@@ -256,9 +255,10 @@ def test_nothing_is_fetched_or_left_behind(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "", "")
 
 
-def test_without_wordllama_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["tokenizers", "safetensors.numpy"])
+def test_without_its_packages_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded scorer names the extra that brings it, and the way round it."""
     _model.cache_clear()
-    monkeypatch.setitem(sys.modules, "wordllama", None)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InvalidInputError, match=r"regolo_rerank\[local\].*scorer"):
         embedded_scores(QUERY, DOCUMENTS)
