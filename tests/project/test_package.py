@@ -22,7 +22,8 @@ try:
     RegoloClient(base_url="local://").rerank("q", ["a"])
 except InvalidInputError as error:
     assert "regolo_rerank[local]" in str(error)
-for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index"), ("plot", "plot")):
+extras = {"langchain": "langchain", "llama_index": "llama-index", "plot": "plot", "evaluation": "evaluate"}
+for module, extra in extras.items():
     try:
         __import__(f"regolo_rerank.{module}")
     except ImportError as error:
@@ -56,7 +57,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     modules = (ROOT / "regolo_rerank").rglob("*.py")
-    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | {"regolo_rerank/py.typed"}
+    data = {"regolo_rerank/py.typed", "regolo_rerank/_examples/stdlib_questions.jsonl"}
+    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | data
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
