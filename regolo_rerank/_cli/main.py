@@ -249,8 +249,8 @@ def _evaluate(file: str, **arguments: Any) -> int:
 def _demo(base_url: str | None = None) -> int:
     try:
         from regolo_rerank._cli.demo import report
-    except ModuleNotFoundError:
-        raise InvalidInputError('the demo needs both frameworks: pip install "regolo_rerank[demo]"') from None
+    except ImportError:
+        raise InvalidInputError('the demo needs more packages: pip install "regolo_rerank[demo]"') from None
     for line in report(base_url):
         print(encodable(line, output_encoding()))
     return 0
