@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import sysconfig
+import warnings
 from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.resources import files
 from typing import Any, Final
@@ -53,7 +54,9 @@ def queries() -> list[dict[str, Any]]:
         InvalidInputError: bm25s is not installed.
     """
     try:
-        import bm25s
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in a notebook without widgets, its progress bar has something to say
+            import bm25s
     except ImportError:
         raise InvalidInputError('the examples need a keyword search: pip install "regolo_rerank[demo]"') from None
     names, texts = list(documents()), list(documents().values())
