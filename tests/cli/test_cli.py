@@ -102,7 +102,7 @@ def test_standard_input_is_read_where_no_file_is_named(
     """Without a FILE, the documents are the lines of standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"alpha\nbeta")))
     assert main(["rank", "beta", "--local", "--top-n", "1"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "1.0000", "██████████", "beta"]
+    assert capsys.readouterr().out.split() == ["1", "0.9999", "██████████", "beta"]
 
 
 def test_a_terminal_is_told_what_is_awaited(
@@ -116,7 +116,7 @@ def test_a_terminal_is_told_what_is_awaited(
         assert main(["rank", "alpha", "--local"]) == 0
     os.close(typist)
     out, err = capsys.readouterr()
-    assert out.startswith("1  1.0000")
+    assert out.startswith("1  0.9999")
     assert err == "reading documents, one a line, until the end of input\n"
 
 
