@@ -34,7 +34,7 @@ class RegoloReRankEndEvent(ReRankEndEvent):
     Attributes:
         response_id: The service's name for the first reply; None where there is none.
         request_ids: The gateway's name for each request that has one, for support.
-        usage: Tokens and requests, added up over all requests of the call; None where the call failed.
+        usage: Tokens, requests and cost, added up over all requests of the call; None where the call failed.
         fallback: Whether `on_error="return_input"` has given the input back, unranked.
         error: What went wrong with a call that failed or fell back; None where it has ranked.
 

@@ -150,7 +150,7 @@ class Options(BaseModel):
     hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
     http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
         default=None, exclude=True, repr=False

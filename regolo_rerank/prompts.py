@@ -158,7 +158,7 @@ def preset_for(model: str, *, embedded: bool) -> PromptFormat:
 
     Args:
         model: The model's name, with or without an organisation in front (`Qwen/Qwen3-Reranker-4B`).
-        embedded: Whether the embedded endpoint answers; its lexical scorer would match the instruction's words.
+        embedded: Whether the embedded endpoint answers; its scorer would read the instruction's words.
     """
     tagged = model.rpartition("/")[2].startswith("Qwen3-Reranker") and not embedded
     return PRESETS["tagged" if tagged else "plain"]

@@ -39,10 +39,13 @@ class Usage:
     Attributes:
         total_tokens: Tokens as the service counted them, added up over the replies that tell; None where none does.
         requests: HTTP requests sent, retries included: each spends one of the account's rate limit.
+        cost: US dollars as the service counts them (header `x-litellm-response-cost`), added up over the replies that
+            tell; None where none does. A gateway that knows no price for the model says 0.0.
     """
 
     total_tokens: int | None = None
     requests: int = 0
+    cost: float | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class RerankResponse:
         model: The model that has answered, as far as the server says it; None where it does not, or nothing was sent.
         results: The documents that were kept, by falling score, equal scores in input order.
         meta: The `meta` of the first reply, as it came.
-        usage: Tokens and requests, added up over all requests of the call.
+        usage: Tokens, requests and cost, added up over all requests of the call.
         request_ids: The gateway's name for each request that has one (header `x-litellm-call-id`), for support.
     """
 

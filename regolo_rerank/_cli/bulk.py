@@ -65,6 +65,7 @@ class BulkRun:
         self._reasons: Counter[tuple[type, str]] = Counter()
         self._examples: dict[tuple[type, str], str] = {}
         self._tokens = 0
+        self._cost = 0.0
         self._requests = 0
         self._started = time.monotonic()
 
@@ -77,11 +78,12 @@ class BulkRun:
         """Return in some lines what has been done, and why queries failed."""
         ranked, failed = self._output.ranked - self._before[0], self._output.failed - self._before[1]
         before = sum(self._before)
-        tokens = f" and {self._tokens:,} tokens" if self._tokens else ""
+        tokens = f", {self._tokens:,} tokens" if self._tokens else ""
+        cost = f", {self._cost:,.6f} US dollars" if self._cost else ""
         finished = f", {before:,} finished before" if before else ""
         seen = f" (see {self._output.errors_path})" if self._output.failed else ""
         summary = (
-            f"{ranked:,} ranked with {self._requests:,} requests{tokens}, {failed:,} failed{seen}{finished}; "
+            f"{ranked:,} ranked with {self._requests:,} requests{tokens}{cost}, {failed:,} failed{seen}{finished}; "
             f"{time.monotonic() - self._started:.1f} s"
         )
         commonest = self._reasons.most_common(_SHOWN_REASONS)
@@ -128,6 +130,7 @@ class BulkRun:
             self._held.append((query.line, query.encode_ranking(outcome), None))
             self._requests += outcome.usage.requests
             self._tokens += outcome.usage.total_tokens or 0
+            self._cost += outcome.usage.cost or 0.0
         else:
             error = query.refusal or outcome
             if _would_recur(error):

@@ -5,9 +5,9 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from regolo_rerank._wire.messages import Reply, encode, repair
 from regolo_rerank._wire.source import CACHE, Source, agree_on_model
@@ -17,6 +17,8 @@ from regolo_rerank.prompts import PromptFormat
 from regolo_rerank.results import RerankResponse, RerankResult, Usage
 
 __all__ = ["Plan"]
+
+Number = TypeVar("Number", int, float)
 
 _BYTES_A_CHARACTER = 6
 """Of JSON at most: a control character is written as `\\u0000`."""
@@ -188,12 +190,15 @@ class Plan:
         if not receipts:
             return RerankResponse(results=self._rank())
         sources = [receipt.source for receipt in receipts]
-        tokens = [receipt.tokens for receipt in receipts if receipt.tokens is not None]
         return RerankResponse(
             id=None if receipts[0].id is None else str(receipts[0].id),
             results=self._rank(),
             meta=receipts[0].meta,
-            usage=Usage(sum(tokens) if tokens else None, sum(receipt.sent for receipt in receipts)),
+            usage=Usage(
+                _sum(receipt.tokens for receipt in receipts),
+                sum(receipt.sent for receipt in receipts),
+                _sum(source.cost for source in sources),
+            ),
             request_ids=[source.request_id for source in sources if source.request_id is not None],
             model=agree_on_model(self._options.model, [*self._known, *sources]),
         )
@@ -237,6 +242,12 @@ def _may_mean(echo: str, sent: str) -> bool:
 def _begins_in(part: str, whole: str) -> bool:
     begin, text = (re.sub(r"\W+", "", side).casefold() for side in (part[:200], whole[:1_000]))
     return bool(begin) and begin in text
+
+
+def _sum(figures: Iterable[Number | None]) -> Number | None:
+    """Return the sum of what is known; None where nothing is."""
+    known = [figure for figure in figures if figure is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 def _untrusted(problem: str, source: Source) -> APIResponseError:

@@ -12,7 +12,7 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
-from regolo_rerank._wire.messages import read_error, read_reply, request_id_of
+from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
 from regolo_rerank._wire.source import read_source, refuse_substitute
 from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
 from regolo_rerank.results import RerankResponse
@@ -70,9 +70,7 @@ class Call(Generic[Event]):
             if isinstance(error, NotFoundError):
                 error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
             if isinstance(error, BadRequestError) and "context length" in str(error):
-                index, length = self.plan.find_longest(batch)
-                hint = f"the longest document sent is documents[{index}] with {length} characters"
-                error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
+                error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
         reply = read_reply(body, response.headers, key)
         source = read_source(response.headers, reply, key)

@@ -24,6 +24,7 @@ __all__ = [
     "Reply",
     "Request",
     "Result",
+    "advise_on_length",
     "encode",
     "is_reply_to_another",
     "mask",
@@ -40,6 +41,10 @@ _CLIP: Final = 2_000
 _NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
 _NAME: Final = "regolo_rerank-"
 """How the names of this package's requests begin."""
+_CONTEXT_LENGTH: Final = re.compile(r"context length is (\d{1,9})")
+_USUAL_CONTEXT: Final = 4_096
+_CHARACTERS_A_TOKEN: Final = 2
+"""Fewer than in European languages, which have three to four: the tags, the query and the instruction need room too."""
 
 
 class Request(BaseModel):
@@ -86,6 +91,7 @@ class Reply(BaseModel):
             ("usage", "total_tokens"),
             ("usage", "prompt_tokens"),
             ("meta", "billed_units", "total_tokens"),
+            ("meta", "billed_units", "input_tokens"),
             ("meta", "tokens", "input_tokens"),
         ):
             value = _find({"usage": self.usage, "meta": self.meta}, *place)
@@ -189,6 +195,23 @@ def read_error(
         type=details.get("type"),
         body=text,
         retry_after=_find_wait(headers, message),
+    )
+
+
+def advise_on_length(problem: str, index: int, length: int) -> str:
+    """Return what to do where a document is over the model's context.
+
+    Args:
+        problem: The server's words, which in vLLM's case name the limit.
+        index: The longest document's place in the caller's list.
+        length: Its characters.
+    """
+    found = _CONTEXT_LENGTH.search(problem)
+    tokens = int(found[1]) if found else _USUAL_CONTEXT
+    return (
+        f"the longest document sent is documents[{index}] with {length} characters; to cut what is scored, start with "
+        f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
+        f"where the server takes it, as vLLM does"
     )
 
 

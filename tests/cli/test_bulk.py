@@ -221,17 +221,19 @@ def test_without_tqdm_there_is_no_bar(files: Files, monkeypatch: pytest.MonkeyPa
     assert len(read(files.out)) == COUNT
 
 
-def test_tokens_are_counted(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last line has the tokens where the service counts them, and the requests with their retries."""
+def test_tokens_and_cost_are_counted(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line has tokens and US dollars where the service counts them, and the requests with their retries."""
 
     def answer(request: Received) -> Reply:
         ranked = [(index, score(text)) for index, text in enumerate(request.documents)]
-        return Reply(results(*ranked, usage={"total_tokens": 100}))
+        return Reply(results(*ranked, usage={"total_tokens": 100}), headers={"x-litellm-response-cost": "2e-05"})
 
     at_stub.script(error("busy", 503))
     at_stub.reply = answer
     assert files.run() == 0
     said = capsys.readouterr().err
     assert re.fullmatch(
-        rf"regolo-rerank: {COUNT} ranked with {COUNT + 1} requests and 2,400 tokens, 0 failed; \d+\.\d s\n", said
+        rf"regolo-rerank: {COUNT} ranked with {COUNT + 1} requests, 2,400 tokens, "
+        r"0\.000480 US dollars, 0 failed; \d+\.\d s\n",
+        said,
     )

@@ -187,7 +187,7 @@ def test_dumps_hold_neither_key_nor_clients() -> None:
     assert RegoloClient.model_validate_json(client.model_dump_json()).model_dump() == dump
 
 
-def test_a_scorer_takes_the_place_of_the_lexical_one(rank: Rank) -> None:
+def test_a_scorer_takes_the_place_of_the_embedded_one(rank: Rank) -> None:
     """A (query, documents) -> scores function scores on local://, pickled ones included."""
     client = pickle.loads(pickle.dumps(RegoloClient(base_url="local://", scorer=brackets)))  # noqa: S301 - our own bytes
     assert [result.index for result in rank(client, "q", ["a", "((", "("]).results] == [1, 2, 0]

@@ -28,7 +28,8 @@ try:
     RegoloClient(base_url="local://").rerank("q", ["a"])
 except InvalidInputError as error:
     assert "regolo_rerank[local]" in str(error)
-for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index"), ("plot", "plot")):
+extras = {"langchain": "langchain", "llama_index": "llama-index", "plot": "plot", "evaluation": "evaluate"}
+for module, extra in extras.items():
     try:
         __import__(f"regolo_rerank.{module}")
     except ImportError as error:
@@ -62,7 +63,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     modules = (ROOT / "regolo_rerank").rglob("*.py")
-    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | {"regolo_rerank/py.typed"}
+    data = {"regolo_rerank/py.typed", "regolo_rerank/_examples/stdlib_questions.jsonl"}
+    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | data
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -73,7 +75,7 @@ def test_the_wheel_says_what_indexes_show(wheel: Path) -> None:
         metadata = BytesParser(policy=default).parsebytes(archive.read(path))
     assert metadata["Author"] in (ROOT / "LICENSE").read_text("utf-8")
     assert {"langchain", "llama-index", "reranker"} <= set(metadata["Keywords"].split(","))
-    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL", ()))
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
     assert addresses.keys() == {"Rerank API", "Rerankers in LangChain", "Rerankers in LlamaIndex"}
     page = str(metadata.get_payload())
     links = re.findall(r"\]\(([^)]*)\)", page)

@@ -55,6 +55,8 @@ def with_the_client(texts: list[str]) -> RerankResponse:
     assert_type(response.usage, Usage)
     assert_type(response.usage.total_tokens, int | None)
     assert_type(response.usage.requests, int)
+    assert_type(response.usage.cost, float | None)
+    assert_type(response.model, str | None)
     assert_type(response.request_ids, list[str])
     assert_type(response.meta, Any)
     assert_type(rank_changes(texts, response, labels=texts), Picture)
