@@ -1,6 +1,6 @@
 """LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
@@ -25,7 +25,7 @@ from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
-    from langchain_core.runnables import Runnable
+    from langchain_core.runnables import RunnableSerializable
 
 __all__ = ["RegoloRerank"]
 
@@ -160,34 +160,50 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Rank as `rerank` does, without blocking the event loop."""
         return _as_dicts(await self._arank(query, self._texts(documents), model=model, top_n=top_n))
 
-    def as_runnable(self) -> "Runnable[Candidates | dict[str, Any], list[Document]]":
+    def as_runnable(
+        self, *, query_key: str = "query", documents_key: str = "documents"
+    ) -> "RunnableSerializable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
-        It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
-        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
-        other inputs.
+        Args:
+            query_key: Where the step's input has the query.
+            documents_key: Where it has the documents.
+
+        Returns:
+            A runnable from `{"query": ..., "documents": ...}` to what `compress_documents` returns, and async as
+            `acompress_documents` is. Each call is a run of its own, with name, tags, metadata and callbacks from its
+            configuration. `invoke`, `bind` and `configurable_fields` take what `RegoloClient.rerank` takes for one
+            call: top_n, model, instruction, score_threshold, extra_body.
 
         Example:
-            >>> step = RegoloRerank(base_url="local://").as_runnable()
+            >>> step = RegoloRerank(base_url="local://", top_n=1).as_runnable()
             >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
             'Pasta al pesto'
         """
         # LangChain's runnables take longer to load than all else together.
         from regolo_rerank._adapters.runnable import Step
 
-        return Step(type(self).__name__, self._traced, self._atraced)
+        return Step(
+            name=type(self).__name__,
+            rerank=self._traced,
+            arerank=self._atraced,
+            query_key=query_key,
+            documents_key=documents_key,
+        )
 
-    def _traced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    def _traced(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
         documents = check_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._outcome(query, documents, self._contents, _scored).kept
-        inputs = self._inputs(documents, query)
+            return self._outcome(query, documents, self._contents, _scored, **arguments).kept
+        inputs = self._inputs(documents, query, arguments)
         run = manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
-            outcome = self._outcome(query, documents, self._contents, _scored)
+            outcome = self._outcome(query, documents, self._contents, _scored, **arguments)
         except BaseException as error:
             run.on_chain_error(error)
             raise
@@ -196,16 +212,18 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         run.on_chain_end(outputs)
         return outcome.kept
 
-    async def _atraced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    async def _atraced(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         documents = check_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return (await self._aoutcome(query, documents, self._contents, _scored)).kept
-        inputs = self._inputs(documents, query)
+            return (await self._aoutcome(query, documents, self._contents, _scored, **arguments)).kept
+        inputs = self._inputs(documents, query, arguments)
         run = await manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
-            outcome = await self._aoutcome(query, documents, self._contents, _scored)
+            outcome = await self._aoutcome(query, documents, self._contents, _scored, **arguments)
         except BaseException as error:
             await run.on_chain_error(error)
             raise
@@ -217,8 +235,13 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     def _identity(self, config: RunnableConfig) -> dict[str, Any]:
         return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
 
-    def _inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
-        return {"query": query, "documents": documents, "model": self.model, "top_n": self.top_n}
+    def _inputs(self, documents: list[Document], query: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "query": query,
+            "documents": documents,
+            "model": self._argument("model", arguments),
+            "top_n": self._argument("top_n", arguments),
+        }
 
     def _contents(self, documents: list[Document]) -> list[str]:
         if not self.metadata_fields:
