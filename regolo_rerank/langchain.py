@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
     from langchain_core import __version__ as langchain_version
-    from langchain_core.callbacks import Callbacks
+    from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
     from langchain_core.runnables.config import (
         RunnableConfig,
@@ -200,6 +200,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         if not manager.handlers:
             return self._outcome(query, documents, self._contents, _scored, **arguments).kept
         inputs = self._inputs(documents, query, arguments)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
         run = manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
@@ -209,6 +210,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             raise
         outputs = _outputs(outcome)
         show_outputs(run, **outputs)
+        _count_tokens(run, outcome)
         run.on_chain_end(outputs)
         return outcome.kept
 
@@ -220,6 +222,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         if not manager.handlers:
             return (await self._aoutcome(query, documents, self._contents, _scored, **arguments)).kept
         inputs = self._inputs(documents, query, arguments)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
         run = await manager.on_chain_start(None, inputs, **self._identity(config))
         show_inputs(run, **inputs)
         try:
@@ -229,6 +232,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             raise
         outputs = _outputs(outcome)
         show_outputs(run, **outputs)
+        _count_tokens(run, outcome)
         await run.on_chain_end(outputs)
         return outcome.kept
 
@@ -290,6 +294,20 @@ def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
     fallback = outcome.report["fallback"]
     scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
     return {"documents": outcome.kept, "scores": scores, **outcome.report}
+
+
+def _count_tokens(
+    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, outcome: Outcome[Document]
+) -> None:
+    """Tell tracers of the tokens where LangChain's own models do, so that LangSmith counts them."""
+    tokens = (outcome.report["usage"] or {}).get("total_tokens")
+    if tokens is None:
+        return
+    for handler in run.handlers:
+        traced = getattr(handler, "run_map", {}).get(str(run.run_id))
+        if traced is not None:
+            usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
+            traced.extra.setdefault("metadata", {})["usage_metadata"] = usage
 
 
 def _as_dicts(response: RerankResponse) -> list[RankedIndex]:
