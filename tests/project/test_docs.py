@@ -11,11 +11,14 @@ import pytest
 from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
+from regolo_rerank import RegoloClient
 from regolo_rerank._cli.main import main
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
+from regolo_rerank.evaluation import evaluate, example_queries
 from regolo_rerank.options import API_KEY_VARIABLE, Options
 from tests.support.corpus import TEXTS, Everything, index
 from tests.support.public import CLASSES, fields_of, methods_of, parameters_of
+from tests.support.rerankers import MODULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/**/*.md"))]
@@ -35,6 +38,8 @@ def test_every_example_runs(
     if "docs/ray.md" in request.node.name:
         pytest.importorskip("ray", reason="tests/external/ray runs it")
     monkeypatch.setenv(BASE_URL_VARIABLE, "local://")
+    for name, module in MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
     names: dict[str, Any] = {"my_retriever": Everything(), "index": index()}
     exec(compile(code, "example.py", "exec"), names)  # noqa: S102 - our own text
@@ -69,11 +74,30 @@ def test_the_bulk_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert out == said
 
 
+def test_the_evaluate_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are judged queries, its command measures them, and what it shows is what the 100 questions come to."""
+    blocks = dict(re.findall(r"^```(json|bash|text)\n(.*?)^```$", PAGES["docs/evaluate.md"], re.DOTALL | re.MULTILINE))
+    (tmp_path / "judged.jsonl").write_text(blocks["json"], "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(BASE_URL_VARIABLE, "local://")
+    assert main(shlex.split(blocks["bash"])[1:]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"judged.jsonl", "scores.db", "gain.png"}
+    assert without_time(blocks["text"]).startswith("100 queries with something relevant")
+    if sys.version_info[:2] == (3, 11):  # whose docstrings were asked
+        assert without_time(blocks["text"]) == without_time(f"{evaluate(example_queries(), RegoloClient())}\n")
+
+
+def without_time(text: str) -> str:
+    """Leave out how long it took."""
+    return re.sub(r"[\d.]+ seconds", "", text)
+
+
 def test_no_code_of_the_documentation_is_left_out() -> None:
     """Every fence belongs to a block that is run, and no code stands outside of one."""
     run = {path: sum(name.startswith(f"{path} ") for name in EXAMPLES) for path in PAGES}
     run["README.md"] += 2  # the first is run in the demo's tests, the second runs all of them
     run["docs/bulk.md"] += 3
+    run["docs/evaluate.md"] += 3
     for path, text in PAGES.items():
         assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * run[path], path
         outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
