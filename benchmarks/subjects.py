@@ -286,9 +286,7 @@ PEERS: dict[str, Subject] = {
     "LlamaIndex SiliconFlowRerank": _postprocessor(_llama_index_siliconflow),
 }
 ASYNC_FLOORS: dict[str, Subject] = {"aiohttp": _aiohttp, "httpx": _async_httpx}
-ASYNC_OURS: dict[str, Subject] = {
-    f"RegoloClient on {name}": _async_regolo(async_transport=name) for name in ("httpx", "aiohttp")
-}
+ASYNC_OURS: dict[str, Subject] = {"RegoloClient, async": _async_regolo()}
 ASYNC_PEERS: dict[str, Subject] = {
     "LangChain CohereRerank": _async_compressor(_langchain_cohere),
     "LangChain NVIDIARerank": _async_compressor(_langchain_nvidia),

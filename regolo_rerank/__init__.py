@@ -10,6 +10,8 @@ Importing the package loads nothing else; each name is loaded when it is first u
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from regolo_rerank._version import __version__
+
 if TYPE_CHECKING:
     from regolo_rerank.client import RegoloClient
     from regolo_rerank.errors import (
@@ -27,12 +29,11 @@ if TYPE_CHECKING:
         RegoloError,
         RerankCacheWarning,
         RerankFallbackWarning,
+        RerankSubstituteWarning,
         ServerError,
     )
     from regolo_rerank.prompts import PromptFormat
     from regolo_rerank.results import RerankResponse, RerankResult, Usage
-
-__version__ = "0.1.0"
 
 __all__ = [
     "APIConnectionError",
@@ -53,6 +54,7 @@ __all__ = [
     "RerankFallbackWarning",
     "RerankResponse",
     "RerankResult",
+    "RerankSubstituteWarning",
     "ServerError",
     "Usage",
     "__version__",

@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, 
 from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
-from regolo_rerank._core.calls import Call, Crew, Event, Terms
-from regolo_rerank._core.reranker import Reranker, forgetful_errors
-from regolo_rerank._core.sending import AsyncEnded, aprepare, ended, prepare
+from regolo_rerank._core import tasks, threads
+from regolo_rerank._core.call import Call, Event
+from regolo_rerank._core.config import RequestConfig
+from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._display.progress import progress
 from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
@@ -42,10 +43,11 @@ class RegoloClient(Reranker):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=0.999769, document='Beijing, capital of China')]
+        >>> documents = ["Rome", "Beijing, capital of China"]
+        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
+        'Beijing, capital of China'
     """
 
     def rerank(
@@ -160,7 +162,7 @@ class RegoloClient(Reranker):
             MissingAPIKeyError: The host demands a key, and there is none, at once.
             RegoloError: As in `rerank`, in the place of the pair that fails.
         """
-        terms = self._terms(
+        config = self._configure(
             {
                 "top_n": top_n,
                 "model": model,
@@ -172,8 +174,8 @@ class RegoloClient(Reranker):
             self.http_client,
         )
         _check_pairs(pairs, Iterable)
-        _ = terms.arguments  # refused at once
-        return self._many(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        config.require_key()  # refused at once
+        return self._many(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     @overload
     def arerank_many(
@@ -210,7 +212,7 @@ class RegoloClient(Reranker):
 
         Leave the loop over it by `break` only inside `contextlib.aclosing`, so that what is under way ends at once.
         """
-        terms = self._terms(
+        config = self._configure(
             {
                 "top_n": top_n,
                 "model": model,
@@ -222,34 +224,38 @@ class RegoloClient(Reranker):
             self.async_http_client,
         )
         _check_pairs(pairs, Iterable, AsyncIterable)
-        _ = terms.arguments  # refused at once
-        return self._amany(terms, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        config.require_key()  # refused at once
+        return self._amany(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     def _many(
-        self, terms: Terms, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
+        self, config: RequestConfig, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> Generator[RerankResponse | RegoloError]:
-        crew: Crew[threading.Event] = Crew(terms.options.max_concurrency)
+        workers = config.options.max_concurrency
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
-            self._lines(terms) as lines,
-            closing(ended(_calls(terms, pairs), crew, lines)) as done,
+            closing(threads.finish_in_order(_open_calls(config, pairs), workers, self._client_for(config))) as finished,
         ):
-            for call in done:
-                outcome = _outcome(call, return_exceptions=return_exceptions)
+            for call in finished:
+                outcome = _unwrap(call, return_exceptions=return_exceptions)
                 advance()
                 yield outcome
 
     async def _amany(
-        self, terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair], *, return_exceptions: bool, show_progress: bool
+        self,
+        config: RequestConfig,
+        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        *,
+        return_exceptions: bool,
+        show_progress: bool,
     ) -> AsyncGenerator[RerankResponse | RegoloError]:
-        crew: Crew[asyncio.Event] = Crew(terms.options.max_concurrency)
+        workers = config.options.max_concurrency
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             async with (
-                self._async_lines(terms) as lines,
-                aclosing(AsyncEnded(_acalls(terms, pairs), crew, lines)) as done,
+                self._async_client_for(config) as client,
+                aclosing(tasks.FinishInOrder(_aopen_calls(config, pairs), workers, client)) as finished,
             ):
-                async for call in done:
-                    outcome = _outcome(call, return_exceptions=return_exceptions)
+                async for call in finished:
+                    outcome = _unwrap(call, return_exceptions=return_exceptions)
                     advance()
                     yield outcome
 
@@ -263,42 +269,43 @@ def _count(pairs: object) -> int | None:
     return len(pairs) if isinstance(pairs, Sized) else None
 
 
-def _checked_pair(pair: object) -> Pair:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InvalidInputError(f"must be (query, documents), got {type(pair).__name__}")
-    return pair[0], pair[1]
+class _SourceError(Exception):
+    """What reading the pairs has raised; it comes after the pairs that were read."""
 
 
-def _calls(terms: Terms, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | RegoloError]:
+def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | Exception]:
     """Give the call for each pair, or what is wrong with the pair."""
-    call: Call[threading.Event] | RegoloError
-    for index, pair in enumerate(pairs):
-        try:
-            call = Call(terms, *_checked_pair(pair), threading.Event())
-            prepare(call)
-        except InvalidInputError as error:
-            call = InvalidInputError(f"pairs[{index}]: {error}")
-        yield call
+    try:
+        for index, pair in enumerate(pairs):
+            yield _open_call(config, index, pair, threading.Event())
+    except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
+        yield _SourceError(error)
 
 
-async def _acalls(
-    terms: Terms, pairs: Iterable[Pair] | AsyncIterable[Pair]
-) -> AsyncGenerator[Call[asyncio.Event] | RegoloError]:
+async def _aopen_calls(
+    config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
+) -> AsyncGenerator[Call[asyncio.Event] | Exception]:
     """Do the same for an async iterable too."""
-    call: Call[asyncio.Event] | RegoloError
     index = 0
-    async with aclosing(_each(pairs)) as given:
-        async for pair in given:
-            try:
-                call = Call(terms, *_checked_pair(pair), asyncio.Event())
-                await aprepare(call)
-            except InvalidInputError as error:
-                call = InvalidInputError(f"pairs[{index}]: {error}")
-            yield call
-            index += 1
+    try:
+        async with aclosing(_iterate(pairs)) as given:
+            async for pair in given:
+                yield _open_call(config, index, pair, asyncio.Event())
+                index += 1
+    except Exception as error:  # noqa: BLE001 - the same
+        yield _SourceError(error)
 
 
-async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
+def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | InvalidInputError:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {type(pair).__name__}")
+    try:
+        return Call(config, pair[0], pair[1], done)
+    except InvalidInputError as error:
+        return InvalidInputError(f"pairs[{index}]: {error}")
+
+
+async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
@@ -307,14 +314,15 @@ async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _outcome(call: Call[Event] | RegoloError, *, return_exceptions: bool) -> RerankResponse | RegoloError:
+def _unwrap(call: Call[Event] | Exception, *, return_exceptions: bool) -> RerankResponse | RegoloError:
     """Return what a call has come to; an error is raised, or returned where the caller wants that."""
+    if isinstance(call, _SourceError):
+        raise call.args[0]
     try:
-        with forgetful_errors():
-            if isinstance(call, RegoloError):
-                raise call
-            call.close()
-            return call.response()
+        if isinstance(call, Exception):
+            raise call
+        call.close()
+        return call.result()
     except RegoloError as error:
         if return_exceptions:
             return error.with_traceback(None)  # whose frames would keep the call and its documents

@@ -5,12 +5,11 @@ argument of a single call is checked by the option that it stands in for.
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import httpx
 from pydantic import (
@@ -27,97 +26,31 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
+from regolo_rerank._wire.checks import (
+    API_KEY_VARIABLE,
+    check_base_url,
+    check_cache,
+    check_extra_body,
+    check_headers,
+    check_key,
+    check_text,
+    client_check,
+    dump_key,
+    read_environment_key,
+)
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
 __all__ = ["API_KEY_VARIABLE", "Options"]
 
-API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
-
-
-def _checked_base_url(base_url: str) -> str:
-    base_url = base_url.strip()
-    read_base_url(base_url)
-    return base_url
-
-
-def _secret(text: str) -> SecretStr:
-    text = text.strip()
-    for position, character in enumerate(text):
-        if not "!" <= character <= "~":
-            raise ValueError(
-                f"holds a character at position {position} that no API key has: space, control or non-ASCII"
-            )
-    return SecretStr(text)
-
-
-def _checked_key(value: object) -> SecretStr | None:
-    if value is None:
-        return None
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()
-    if not isinstance(value, str):
-        raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
-    return _secret(value)
-
-
-def _environment_key() -> SecretStr:
-    try:
-        return _secret(os.environ.get(API_KEY_VARIABLE, ""))
-    except ValueError as error:
-        problem = f"{API_KEY_VARIABLE}: {error}"
-    raise InvalidInputError(problem)
-
-
-def _dumped_key(key: SecretStr | None) -> str | None:
-    # "" is no secret but a decision: send none, whatever the environment has.
-    return "" if key is not None and not key.get_secret_value() else None
-
-
-def _checked_cache(cache: object) -> object:
-    writable = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
-    if cache is not None and (isinstance(cache, type) or not writable):
-        raise ValueError("must be a mapping that can be written, such as a dict")
-    return cache
-
-
-def _checked_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be blank")
-    return text
-
-
-def _checked_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
-    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
-        raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
-    try:
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
-        to_json(fields)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"must be plain JSON: {error}") from None
-    return fields
-
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
-
-
-def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    for name, value in headers.items():
-        if name.lower() in {"authorization", "proxy-authorization"}:
-            raise ValueError(f"must not hold {name}; a key goes into api_key")
-        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
-            raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
-    return headers
-
-
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
 """Eleven days at most: the clocks of sockets and threads end somewhere."""
-Text = Annotated[str, Field(strict=True), AfterValidator(_checked_text)]
+Text = Annotated[str, Field(strict=True), AfterValidator(check_text)]
 
 
 class Options(BaseModel):
@@ -141,12 +74,12 @@ class Options(BaseModel):
 
     api_key: Annotated[
         SecretStr | str | None,
-        BeforeValidator(_checked_key),
-        PlainSerializer(_dumped_key, return_type=str | None),
+        BeforeValidator(check_key),
+        PlainSerializer(dump_key, return_type=str | None),
     ] = Field(default=None, kw_only=False)
     """API key; None takes the environment's `REGOLO_API_KEY` at each call, "" sends none."""
 
-    base_url: Annotated[str, AfterValidator(_checked_base_url)] | None = None
+    base_url: Annotated[str, AfterValidator(check_base_url)] | None = None
     """Server, with or without `/v1` and `/rerank`; None takes `REGOLO_BASE_URL`, else `https://api.regolo.ai`.
     `local://` is the embedded endpoint: no key, no network."""
 
@@ -157,17 +90,18 @@ class Options(BaseModel):
     """Results kept, the best first; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it; the default is a web search, as in Regolo's
-    API examples."""
+    """The task in a sentence, for prompt formats that have a place for it, in the query or in a field of its own; the
+    default is a web search, as in Regolo's API examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
-        | Annotated[Literal["auto", "tagged", "documented", "chat", "plain"], Tag("name")],
+        | Annotated[Literal["auto", "tagged", "documented", "chat", "server_template", "plain"], Tag("name")],
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
     """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
     for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
-    model scores lower, as Regolo's page says."""
+    model scores lower, as Regolo's page says; a server that has the model's template puts them in by itself, and gets
+    `server_template`."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
     """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
@@ -195,43 +129,59 @@ class Options(BaseModel):
     max_document_chars: Count | None = None
     """Characters of a document that are scored at most; the caller's document comes back whole."""
 
-    async_transport: Literal["httpx", "aiohttp"] = "httpx"
-    """What async calls go over. "aiohttp" carries tens of requests at once with half of the work, and needs the extra
-    `[aiohttp]`."""
-
-    default_headers: Annotated[dict[str, str], AfterValidator(_checked_headers)] | None = Field(
-        default=None, repr=False
-    )
+    default_headers: Annotated[dict[str, str], AfterValidator(check_headers)] | None = Field(default=None, repr=False)
     """Further HTTP headers, such as a gateway's tags; never the key."""
 
-    extra_body: Annotated[dict[str, Any], AfterValidator(_checked_extra_body)] | None = None
+    extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
     """Further JSON fields of the request."""
+
+    allow_substitutes: bool = Field(default=False, strict=True)
+    """Lets another model than `model` give a ranking, where the gateway has replaced one that fails: with a
+    `RerankSubstituteWarning`, for whole calls only, and never into the `cache`. A model's name is a promise in other
+    clients too, so by default such a reply is an `APIResponseError`; and regolo.ai is asked not to replace a model."""
 
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_checked_cache)]] = Field(
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
-    """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
-    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
+    """Where scores are kept: a dict, `cachetools.LRUCache`, or any other mapping to floats. Only pairs that it does not
+    hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
-    http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
+    http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
+        default=None, exclude=True, repr=False
+    )
     """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
 
-    async_http_client: SkipJsonSchema[httpx.AsyncClient | None] = Field(default=None, exclude=True, repr=False)
+    async_http_client: SkipJsonSchema[
+        Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
+    ] = Field(default=None, exclude=True, repr=False)
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+        __signature__ = OptionsSignature()
+
+        @classmethod
+        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+            super().__pydantic_init_subclass__(**kwargs)
+            if cls.__doc__:
+                cls.__doc__ = OptionsDocstring(cls.__doc__)
+
+        @classmethod
+        def __pydantic_on_complete__(cls) -> None:
+            super().__pydantic_on_complete__()
+            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
 
         def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            """Take the options, each of them checked."""
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
-                problem = _explained(error, type(self))
+                problem = _explain(error, type(self))
             else:
                 return
             # A mistyped `apikey=` must not show in a traceback with locals.
@@ -242,7 +192,7 @@ class Options(BaseModel):
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                problem = _explained(error, type(self))
+                problem = _explain(error, type(self))
             else:
                 return
             del value
@@ -259,14 +209,15 @@ class Options(BaseModel):
             pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
         """
         copied = super().model_copy(deep=deep)
-        # Private attributes, such as connections, start anew.
-        copied.__pydantic_private__ = None
-        copied.model_post_init(None)
-        problem = _assigned(copied, update or {})
+        copied._part_from_original()  # noqa: SLF001 - of its own class
+        problem = _assign(copied, update or {})
         if problem is None:
             return copied
         del update
         raise problem
+
+    def _part_from_original(self) -> None:
+        """Give a copy what it must not share, such as connections."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, callbacks."""
@@ -281,8 +232,8 @@ class Options(BaseModel):
             if name in self.model_fields_set and (name == "scorer" or not field.exclude)
         }
         if "api_key" in kept:
-            kept["api_key"] = _dumped_key(kept["api_key"])
-        return _rebuilt, (type(self), kept)
+            kept["api_key"] = dump_key(kept["api_key"])
+        return _rebuild, (type(self), kept)
 
     def for_call(self, **arguments: Any) -> Self:
         """Return these options as they are now, with the arguments of one call in their place.
@@ -298,7 +249,7 @@ class Options(BaseModel):
         if self.extra_body is not None:
             # A dict can be changed in place, past every check, and while the call is under way.
             changes["extra_body"] = deepcopy(changes.get("extra_body", self.extra_body))
-        problem = _assigned(settings, changes)
+        problem = _assign(settings, changes)
         if problem is None:
             return settings
         raise InvalidInputError(
@@ -327,6 +278,16 @@ class Options(BaseModel):
                 return endpoint
         raise InvalidInputError(problem)
 
+    def fields_for(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Return the fields of a request to an endpoint besides those that the API names.
+
+        Args:
+            endpoint: Where requests go.
+        """
+        # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
+        refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
+        return refusal | self.format_for(endpoint).format_fields(self.instruction) | (self.extra_body or {})
+
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
 
@@ -339,9 +300,9 @@ class Options(BaseModel):
         """
         if endpoint.embedded:
             return None
-        key = self.api_key if isinstance(self.api_key, SecretStr) else _environment_key()
+        key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
         if not key.get_secret_value():
-            if endpoint.demands_key:
+            if endpoint.is_regolo:
                 raise MissingAPIKeyError(
                     f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
                     f"api_key; to try without one, base_url='local://' scores on this machine"
@@ -367,11 +328,11 @@ class Options(BaseModel):
         return PRESETS[self.prompt_format]
 
 
-def _rebuilt(cls: type[Options], fields: dict[str, Any]) -> Options:
+def _rebuild(cls: type[Options], fields: dict[str, Any]) -> Options:
     return cls(**fields)
 
 
-def _assigned(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
+def _assign(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
     """Set options, each of them checked; return what was wrong, without the frames that hold the values."""
     try:
         for name, value in values.items():
@@ -381,13 +342,13 @@ def _assigned(options: Options, values: Mapping[str, Any]) -> ValidationError | 
     return None
 
 
-def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
+def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
     """Return the same error with the type of each refused value in words, and the value itself left out."""
     lines = []
     for line in error.errors(include_url=False, include_context=False):
         reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
         if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
-            reason = _unknown(cls, str(loc[0]))
+            reason = _describe_unknown(cls, str(loc[0]))
         elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
             reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
         # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
@@ -396,12 +357,18 @@ def _explained(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
         problem = PydanticCustomError(
             line["type"],
             "{reason}, got {kind}",
-            {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
+            {"reason": reason, "kind": f"{_name_type(value)}{shown}"},
         )
         lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 
-def _unknown(cls: type[BaseModel], name: str) -> str:
+def _name_type(value: object) -> str:
+    """Return the name of a value's type, and where it comes from: libraries call their types alike."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return name if package == "builtins" else f"{package}.{name}"
+
+
+def _describe_unknown(cls: type[BaseModel], name: str) -> str:
     close = difflib.get_close_matches(name, cls.model_fields, n=1)
     return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"

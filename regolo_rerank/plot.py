@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
-from regolo_rerank._core.inputs import checked_documents
+from regolo_rerank._core.inputs import check_documents
 from regolo_rerank._display.tables import aligned, clipped, harmless, shown_score
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse, RerankResult
@@ -88,13 +88,13 @@ def rank_changes(
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there
             are not as many labels as candidates.
 
-    Example:
+    Examples:
         >>> before = ["Rome is in Italy.", "Beijing is the capital of China."]
         >>> picture = rank_changes(before, before[::-1])
     """
     candidates = [_candidate(item, f"before[{index}]") for index, item in enumerate(_listed(before, "before"))]
     kept = _kept(candidates, _listed(after.results if isinstance(after, RerankResponse) else after, "after"))
-    names = [item.text for item in candidates] if labels is None else checked_documents(labels, str, name="labels")
+    names = [item.text for item in candidates] if labels is None else check_documents(labels, str, name="labels")
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: must be one for each candidate, got {len(names)} for {len(candidates)}")
     return _drawn([_LEFT_TO_RIGHT + clipped(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)

@@ -1,14 +1,16 @@
-import asyncio
 import signal
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
-from tenacity import wait_none
 
 from regolo_rerank import RegoloClient, RerankResponse
-from regolo_rerank._core import backoff
+from tests.support.inside import back_off_for
+from tests.support.modes import Call
 from tests.support.stub import Stub
+
+if TYPE_CHECKING:
+    from tests.support.entries import Entry, Reranker
 
 KEY = "sk-canary-4f1d"
 
@@ -37,9 +39,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_backoff(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow at once, except where the server names a wait, or a test asks for `real_backoff`."""
     if "real_backoff" not in request.keywords:
-        monkeypatch.setattr(backoff, "_BACKOFF", wait_none())
-        monkeypatch.setattr(backoff, "_WINDOW_BACKOFF", wait_none())
-        monkeypatch.setattr(backoff, "_SPREAD", 0.0)
+        back_off_for(0.0, monkeypatch)
 
 
 @pytest.fixture
@@ -56,15 +56,35 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def rank(mode: str) -> Rank:
+def call(mode: str) -> Call:
+    """Call anything that has both ways."""
+    return Call(mode)
+
+
+@pytest.fixture
+def rank(call: Call) -> Rank:
     """Call a client in both ways."""
 
-    def call(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
-        if mode == "sync":
-            return client.rerank(query, documents, **arguments)
-        return asyncio.run(client.arerank(query, documents, **arguments))
+    def rank(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
+        return call(client.rerank, query, documents, **arguments)
 
-    return call
+    return rank
+
+
+@pytest.fixture(params=["core", "langchain", "llama_index"])
+def kind(request: pytest.FixtureRequest) -> "type[Reranker]":
+    """Every entry point: the client, and the adapter of each framework."""
+    from tests.support.entries import KINDS  # which loads both frameworks
+
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def entry(kind: "type[Reranker]", mode: str, stub: Stub) -> "Entry":
+    """Every entry point to the stub server in both ways."""
+    from tests.support.entries import Entry
+
+    return Entry(kind, mode, stub.url)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._core.retry import is_passing
+from regolo_rerank._core.retry import is_retryable
 from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
 from regolo_rerank.results import RerankResponse
@@ -76,10 +76,14 @@ class AdapterOptions(Reranker):
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
-        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
+        """Rank candidates by their `texts`, or fall back.
+
+        `scored` gives those that a ranking keeps, and `arguments` stand in for options in this call.
+        """
         try:
-            response = self._rank(query, texts(candidates))
+            response = self._rank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates)
         return Outcome(scored(candidates, response), report_of(response))
@@ -90,16 +94,17 @@ class AdapterOptions(Reranker):
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
         try:
-            response = await self._arank(query, texts(candidates))
+            response = await self._arank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates)
         return Outcome(scored(candidates, response), report_of(response))
 
     def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
-        if self.on_error == "raise" or not is_passing(error):
+        if self.on_error == "raise" or not is_retryable(error):
             raise error
         kept = candidates[: self.top_n]
         report = report_of_failure(error, fallback=True)

@@ -18,8 +18,8 @@ class Step(Runnable[Any, list[Document]]):
     def __init__(
         self,
         name: str,
-        rerank: Callable[[Sequence[Document], str, RunnableConfig], list[Document]],
-        arerank: Callable[[Sequence[Document], str, RunnableConfig], Awaitable[list[Document]]],
+        rerank: Callable[..., list[Document]],
+        arerank: Callable[..., Awaitable[list[Document]]],
     ) -> None:
         self.name = name
         self._rerank = rerank
@@ -39,8 +39,8 @@ class Step(Runnable[Any, list[Document]]):
         config: RunnableConfig | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        """Rerank `{"query": ..., "documents": ...}` in a run of its own."""
-        return self._rerank(*_read(input, kwargs), ensure_config(config))
+        """Rerank `{"query": ..., "documents": ...}` in a run of its own; `instruction` is the call's task."""
+        return self._rerank(*_read(input, kwargs), ensure_config(config), **kwargs)
 
     async def ainvoke(
         self,
@@ -49,12 +49,14 @@ class Step(Runnable[Any, list[Document]]):
         **kwargs: Any,
     ) -> list[Document]:
         """Do the same without blocking the event loop."""
-        return await self._arerank(*_read(input, kwargs), ensure_config(config))
+        return await self._arerank(*_read(input, kwargs), ensure_config(config), **kwargs)
 
 
 def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[Sequence[Document], str]:
-    if arguments:
-        raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
+    if others := arguments.keys() - {"instruction"}:
+        raise InvalidInputError(
+            f"{', '.join(sorted(others))}: the runnable takes no argument but instruction; set options on the reranker"
+        )
     if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
         raise InvalidInputError(
             f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"

@@ -6,12 +6,13 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
+from regolo_rerank._display.tables import harmless
 from regolo_rerank.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from regolo_rerank import RegoloClient
 
-__all__ = ["Parser", "add_server", "checked_client", "output_encoding", "sees_a_bar", "standard_input"]
+__all__ = ["Parser", "add_server", "checked_client", "output_encoding", "sees_a_bar", "standard_input", "tell"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,9 +67,14 @@ def sees_a_bar() -> bool:
     """Return whether somebody would see a progress bar; on a terminal without tqdm, say how to get one."""
     seen = sys.stderr is not None and sys.stderr.isatty()
     if seen and find_spec("tqdm") is None:
-        print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
+        tell('for a progress bar: pip install "regolo_rerank[progress]"')
         return False
     return seen
+
+
+def tell(line: str) -> None:
+    """Say something to the person at the terminal, on standard error."""
+    print(f"regolo-rerank: {harmless(line, output_encoding())}", file=sys.stderr, flush=True)
 
 
 def standard_input(awaited: str) -> BinaryIO:

@@ -4,6 +4,8 @@ Frameworks and the client are imported by the command that needs them, so that `
 """
 
 import argparse
+import errno
+import gzip
 import logging
 import os
 import sys
@@ -20,8 +22,9 @@ from regolo_rerank._cli.common import (
     output_encoding,
     sees_a_bar,
     standard_input,
+    tell,
 )
-from regolo_rerank._display.tables import encodable, harmless
+from regolo_rerank._display.tables import encodable
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
 
 __all__ = ["main"]
@@ -37,9 +40,13 @@ and one of OUT its ranking, the best document first:
 
   {"id": "q1", "results": [{"index": 1, "relevance_score": 0.97, "id": "d2"}]}
 
-A query that fails is a line of OUT.errors, with its error; that file can be run
-as IN again. A run that was stopped, by whatever it was, goes on where it was
-when it is run again; with another IN it is refused.
+Without an id, the number of the line serves. A query that fails is a line of
+OUT.errors, with its error; that file can be run as IN again.
+
+A run that was stopped, by whatever it was, goes on where it was when the same
+command is run again. OUT.state beside OUT says what is finished and by which
+options: with another IN or other options the run is refused. To start anew,
+remove OUT.
 """
 
 _EVALUATE: Final = """\
@@ -100,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered would fail again when Python ends.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
+        # On Windows a closed pipe is EINVAL.
+        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _failed(str(error), 1)
     except KeyboardInterrupt:
         return 130
 
@@ -121,7 +129,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _failed(problem: str, status: int) -> int:
-    print(f"regolo-rerank: {harmless(problem, output_encoding())}", file=sys.stderr)
+    tell(problem)
     return status
 
 
@@ -162,10 +170,17 @@ def _parsers() -> tuple[Parser, Parser]:
         argument_default=argparse.SUPPRESS,
     )
     bulk.set_defaults(run=_bulk)
-    bulk.add_argument("source", metavar="IN", help="queries, one JSON object a line; - is standard input")
+    bulk.add_argument(
+        "source", metavar="IN", help="queries, one JSON object a line; - is standard input; .gz is read too"
+    )
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
     bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    bulk.add_argument(
+        "--allow-changed-options",
+        action="store_true",
+        help="go on with an OUT that was made with other options, and mix them",
+    )
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -212,26 +227,37 @@ def _rank(query: str, files: list[str], **arguments: Any) -> int:
     return rank(query, files, **arguments)
 
 
-def _bulk(source: str, out: str, **options: Any) -> int:
-    from regolo_rerank._cli.bulk import resumed
+def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **options: Any) -> int:
+    from regolo_rerank._cli.bulk import resume, tell_each_minute
     from regolo_rerank._display.progress import progress
 
     if out == "-":
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
-    with checked_client(options) as client, _queries(source) as lines, resumed(client, lines, source, Path(out)) as run:
+    with (
+        checked_client(options) as client,
+        _queries(source) as lines,
+        resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
+    ):
+        shown = sees_a_bar()
         try:
-            with progress(run.size, unit="B", initial=run.at, shown=sees_a_bar()) as advance:
-                run.rank(client, advance)
+            with progress(run.size, unit="B", initial=run.at, shown=shown) as advance:
+                run.rank(client, advance if shown else tell_each_minute(run, tell))
+        except KeyboardInterrupt:
+            tell("interrupted; run the same command again, it goes on where it was")
+            raise
         finally:
-            print(f"regolo-rerank: {harmless(str(run), output_encoding())}", file=sys.stderr)
-    return 1 if run.failed else 0
+            for line in run.summarize():
+                tell(line)
+    return 0 if run.is_complete else 1
 
 
-def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":
+def _queries(file: str) -> "BinaryIO | gzip.GzipFile | nullcontext[BinaryIO]":
     if file == "-":
         return nullcontext(standard_input("queries, one a line"))
+    if file.lower().endswith(".zst"):
+        raise InvalidInputError(f"{file}: cannot be read; unpack it: zstd -dc FILE | regolo-rerank bulk - OUT")
     try:
-        return Path(file).open("rb")
+        return gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb")
     except OSError as error:
         raise InvalidInputError(f"{file}: {error.strerror}") from None
 

@@ -6,12 +6,12 @@ from typing import TypeVar
 
 from regolo_rerank.errors import InvalidInputError
 
-__all__ = ["checked_documents", "checked_query"]
+__all__ = ["check_documents", "check_query"]
 
 T = TypeVar("T")
 
 
-def checked_query(query: object) -> str:
+def check_query(query: object) -> str:
     """Return the query, or refuse it.
 
     Raises:
@@ -24,7 +24,7 @@ def checked_query(query: object) -> str:
     return query
 
 
-def checked_documents(documents: Iterable[T], *kinds: type, name: str = "documents") -> list[T]:
+def check_documents(documents: Iterable[T], *kinds: type, name: str = "documents") -> list[T]:
     """Return the documents of a list, a tuple or an iterator as a list, or refuse them.
 
     Args:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from regolo_rerank._transports.scorer import embedded_scores
 from regolo_rerank._wire.endpoint import Scorer
-from regolo_rerank._wire.messages import Request, encoded
+from regolo_rerank._wire.messages import Request, encode
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = ["SCORER_EXTENSION", "EmbeddedTransport", "answer"]
@@ -42,21 +42,21 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
         request = Request.model_validate_json(body)
     except ValidationError as error:
         detail = [{"loc": ["body", *line["loc"]], "msg": line["msg"]} for line in error.errors()]
-        return 422, encoded({"detail": detail})
+        return 422, encode({"detail": detail})
     scores = _scores(scorer or embedded_scores, request.query, request.documents)
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": request.documents[index]}}
         for index in best
     ]
-    return 200, encoded({"id": f"local-{uuid.uuid4().hex[:16]}", "results": results, "meta": None})
+    return 200, encode({"id": f"local-{uuid.uuid4().hex[:16]}", "results": results, "meta": None})
 
 
 def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]:
     if inspect.iscoroutinefunction(scorer):
         raise InvalidInputError("scorer: must be an ordinary function, not an async one")
     try:
-        scores = [float(score) for score in scorer(query, documents)]
+        scores = [float(score) for score in scorer(query, list(documents))]  # it may sort them, say
     except InvalidInputError:
         raise
     except Exception as error:

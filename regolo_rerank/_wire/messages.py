@@ -7,20 +7,44 @@ The shapes are those of Regolo's API page and of recorded exchanges with the gat
 import json
 import math
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = ["Reply", "Request", "Result", "encoded", "read_error", "read_reply", "repaired", "request_id_of"]
+__all__ = [
+    "Reply",
+    "Request",
+    "Result",
+    "advise_on_length",
+    "encode",
+    "is_reply_to_another",
+    "mask",
+    "new_name",
+    "parse_number",
+    "read_error",
+    "read_reply",
+    "repair",
+    "request_id_of",
+]
 
 _CLIP: Final = 2_000
+
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_NAME: Final = "regolo_rerank-"
+"""How the names of this package's requests begin."""
+_CONTEXT_LENGTH: Final = re.compile(r"context length is (\d{1,9})")
+_USUAL_CONTEXT: Final = 4_096
+_CHARACTERS_A_TOKEN: Final = 2
+"""Fewer than in European languages, which have three to four: the tags, the query and the instruction need room too."""
 
 
 class Request(BaseModel):
@@ -54,6 +78,7 @@ class Reply(BaseModel):
     """The JSON of a reply."""
 
     id: Any = None
+    model: Any = None
     results: list[Result]
     meta: Any = None
     usage: Any = None
@@ -66,36 +91,54 @@ class Reply(BaseModel):
             ("usage", "total_tokens"),
             ("usage", "prompt_tokens"),
             ("meta", "billed_units", "total_tokens"),
+            ("meta", "billed_units", "input_tokens"),
             ("meta", "tokens", "input_tokens"),
         ):
-            value = _dig({"usage": self.usage, "meta": self.meta}, *place)
+            value = _find({"usage": self.usage, "meta": self.meta}, *place)
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
         return None
 
 
-def encoded(body: Any) -> bytes:
+def encode(body: Any) -> bytes:
     """Return JSON as bytes, whatever strings it holds."""
     try:
         return to_json(body)
     except PydanticSerializationError:
-        return to_json(repaired(body))
+        return to_json(repair(body))
 
 
-def repaired(value: Any) -> Any:
+def repair(value: Any) -> Any:
     """Return JSON as UTF-8 can hold it: halves of a surrogate pair joined, single ones replaced by U+FFFD."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
-        return [repaired(item) for item in value]
+        return [repair(item) for item in value]
     if isinstance(value, dict):
-        return {key: repaired(item) for key, item in value.items()}
+        return {key: repair(item) for key, item in value.items()}
     return value
+
+
+def new_name() -> dict[str, str]:
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+
+
+def is_reply_to_another(response: httpx.Response) -> bool:
+    """Return whether a reply has the name of another request of this package.
+
+    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
+    """
+    return "network_stream" in response.extensions and any(
+        (name := response.headers.get(header, "")).startswith(_NAME)
+        and response.request.headers.get(header, "") not in name
+        for header in _NAME_HEADERS
+    )
 
 
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return _word(headers.get("x-litellm-call-id") or headers.get("x-request-id"), secret)
+    return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
@@ -116,9 +159,9 @@ def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: Secr
         problem = ": ".join(filter(None, [".".join(map(str, line["loc"])), line["msg"]]))
     else:
         if reply.error is None:
-            return reply if secret is None else _without(secret, reply, body)
+            return reply if secret is None else _mask_reply(secret, reply, body)
         problem = "an error in place of results"
-    text, details = _understood(body, secret)
+    text, details = _read_error_text(body, secret)
     raise APIResponseError(
         f"the reply cannot be trusted: {details.get('message') or problem}",
         request_id=request_id_of(headers, secret),
@@ -138,9 +181,9 @@ def read_error(
         headers: The reply's headers, their names in any case.
         secret: The API key; where the server quotes it, "***" is shown.
     """
-    text, details = _understood(body, secret)
-    message = details.get("message") or _plain(text) or "the server gives no reason"
-    if location := _word(headers.get("location"), secret):
+    text, details = _read_error_text(body, secret)
+    message = details.get("message") or _strip_tags(text) or "the server gives no reason"
+    if location := _clean(headers.get("location"), secret):
         message = f"the server points to {location}, and redirects are not followed: set base_url to its address"
     request_id = request_id_of(headers, secret)
     where = f"HTTP {status_code}" + (f", request {request_id}" if request_id else "")
@@ -151,49 +194,67 @@ def read_error(
         code=details.get("code"),
         type=details.get("type"),
         body=text,
-        retry_after=_retry_after(headers, message),
+        retry_after=_find_wait(headers, message),
     )
 
 
-def _understood(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
+def advise_on_length(problem: str, index: int, length: int) -> str:
+    """Return what to do where a document is over the model's context.
+
+    Args:
+        problem: The server's words, which in vLLM's case name the limit.
+        index: The longest document's place in the caller's list.
+        length: Its characters.
+    """
+    found = _CONTEXT_LENGTH.search(problem)
+    tokens = int(found[1]) if found else _USUAL_CONTEXT
+    return (
+        f"the longest document sent is documents[{index}] with {length} characters; to cut what is scored, start with "
+        f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
+        f"where the server takes it, as vLLM does"
+    )
+
+
+def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
     """Return a body as text, clipped, and what it says of an error, both without the key."""
-    text = _shown(body.decode("utf-8", "replace"), secret)
+    text = mask(body.decode("utf-8", "replace"), secret)
     try:
-        details = _error_in(json.loads(text))
+        details = _find_error(json.loads(text))
     except (ValueError, RecursionError):
         details = {}
-    return text[:_CLIP], {name: _word(details.get(name), secret) for name in ("message", "code", "type")}
+    return text[:_CLIP], {name: _clean(details.get(name), secret) for name in ("message", "code", "type")}
 
 
-def _without(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
+def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
     """Return a reply that does not quote the key in what callers see of it."""
-    if not any(quoted.encode() in body for quoted in _spellings(secret)):
+    if not any(quoted.encode() in body for quoted in _spell(secret)):
         return reply
-    seen = json.loads(_shown(json.dumps([reply.id, reply.meta]), secret))
-    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+    seen = {"id": reply.id, "model": reply.model, "meta": reply.meta}
+    return reply.model_copy(update=json.loads(mask(json.dumps(seen), secret)))
 
 
-def _spellings(secret: SecretStr | None) -> set[str]:
+def _spell(secret: SecretStr | None) -> set[str]:
     """Return the key as it is, and as JSON may write it."""
     key = secret.get_secret_value() if secret else ""
     written = json.dumps(key)[1:-1]
     return {key, written, written.replace("/", "\\/")} - {""}
 
 
-def _shown(text: str, secret: SecretStr | None) -> str:
-    for quoted in _spellings(secret):
+def mask(text: str, secret: SecretStr | None) -> str:
+    """Return a text in which the key, where it is quoted, is "***"."""
+    for quoted in _spell(secret):
         text = text.replace(quoted, "***")
     return text
 
 
-def _word(value: Any, secret: SecretStr | None) -> str | None:
+def _clean(value: Any, secret: SecretStr | None) -> str | None:
     """Return what a server says in a field as text that can be printed; None where it says nothing."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value in {"", "None"}:
         return None
-    return _shown(repaired(str(value)), secret)
+    return mask(repair(str(value)), secret)
 
 
-def _error_in(reply: Any) -> dict[str, Any]:
+def _find_error(reply: Any) -> dict[str, Any]:
     """Return message, type and code from any of the known shapes of an error; empty where there is none."""
     if not isinstance(reply, dict):
         return {}
@@ -204,11 +265,11 @@ def _error_in(reply: Any) -> dict[str, Any]:
         if isinstance(error, str) and error:
             return {"type": reply.get("type"), "code": reply.get("code"), "message": error}
         if isinstance(error, list) and error:
-            return {"message": "; ".join(_validation_line(line) for line in error)}
+            return {"message": "; ".join(_describe_line(line) for line in error)}
     return {}
 
 
-def _validation_line(line: Any) -> str:
+def _describe_line(line: Any) -> str:
     """Put one entry of FastAPI's list of validation errors into words."""
     if isinstance(line, dict) and isinstance(line.get("msg"), str):
         place = line.get("loc")
@@ -216,14 +277,14 @@ def _validation_line(line: Any) -> str:
     return json.dumps(line)
 
 
-def _plain(text: str) -> str:
+def _strip_tags(text: str) -> str:
     """Return a body that is no JSON in a line: without tags, and clipped."""
     if "<" in text[:100]:
         text = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", text[:20_000])
     return " ".join(text.split())[:200]
 
 
-def _dig(value: Any, *names: str) -> Any:
+def _find(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -233,22 +294,23 @@ _RESETS_AT = re.compile(r"Limit resets at: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC"
 _TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 
 
-def _retry_after(headers: Mapping[str, str], message: str) -> float | None:
+def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
-    now = _date(headers.get("date", "")) or datetime.now(UTC)
-    waits = [_number(headers.get("retry-after-ms", ""), 0.001), _number(headers.get("retry-after", ""))]
-    if date := _date(headers.get("retry-after", "")):
+    now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
+    waits = [parse_number(headers.get("retry-after-ms", ""), 0.001), parse_number(headers.get("retry-after", ""))]
+    if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
     if (found := _RESETS_AT.search(message)) and "Limit type: max_parallel_requests" not in message:
         with suppress(ValueError):
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
-        waits.append(_number(found[1]))
+        waits.append(parse_number(found[1]))
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
-def _number(text: str, unit: float = 1.0) -> float | None:
+def parse_number(text: str, unit: float = 1.0) -> float | None:
+    """Return the number from 0 that a header holds; None where it holds none."""
     try:
         seconds = float(text) * unit
     except ValueError:
@@ -256,7 +318,7 @@ def _number(text: str, unit: float = 1.0) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _date(text: str) -> datetime | None:
+def _parse_date(text: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(text)
     except (ValueError, OverflowError):

@@ -3,7 +3,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 import langchain_core
@@ -31,9 +31,10 @@ from regolo_rerank import (
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
+from tests.support.entries import Pairs, aranked, ranked
+from tests.support.inside import is_worker
 from tests.support.stub import Received, Reply, Stub, error, results, together
-
-Adapter = LangChainRerank | LlamaIndexRerank
+from tests.support.traces import Adapter, Rerank
 
 TEXTS = ["a score=0.1", "b score=0.9", "c score=0.5"]
 
@@ -44,13 +45,11 @@ FAILURES = {
     "429": (error("too many requests", 429), RateLimitError),
     "500": (error("the backend is down", 500), ServerError),
     "untrustworthy": (Reply(results((0, None), (1, 0.9), (2, 0.5))), APIResponseError),
+    "substitute": (
+        Reply(results((0, 0.1), (1, 0.9), (2, 0.5)), headers={"x-litellm-attempted-fallbacks": "1"}),
+        APIResponseError,
+    ),
 }
-
-
-class Rerank(Protocol):
-    """Calls an adapter's sync or async method with the documents or nodes of its framework."""
-
-    def __call__(self, adapter: Adapter, items: Any, query: Any = "q") -> list[Any]: ...
 
 
 @pytest.fixture(params=[LangChainRerank, LlamaIndexRerank], ids=["langchain", "llama_index"])
@@ -63,30 +62,6 @@ def make(request: pytest.FixtureRequest) -> Any:
 def adapter(make: type[Adapter], stub: Stub) -> Adapter:
     """An adapter that does not retry."""
     return make(KEY, base_url=stub.url, max_retries=0)
-
-
-@pytest.fixture
-def rerank(mode: str) -> Rerank:
-    """Call an adapter in both ways."""
-
-    def call(adapter: Adapter, items: Any, query: Any = "q") -> list[Any]:
-        return now(adapter, items, query) if mode == "sync" else asyncio.run(later(adapter, items, query))
-
-    return call
-
-
-def now(adapter: Adapter, items: Any, query: Any = "q") -> list[Any]:
-    """Call an adapter's sync method."""
-    if isinstance(adapter, LangChainRerank):
-        return adapter.compress_documents(items, query)
-    return adapter.postprocess_nodes(items, query_str=query)
-
-
-async def later(adapter: Adapter, items: Any, query: Any = "q") -> list[Any]:
-    """Call an adapter's async method."""
-    if isinstance(adapter, LangChainRerank):
-        return await adapter.acompress_documents(items, query)
-    return await adapter.apostprocess_nodes(items, query_str=query)
 
 
 def items_for(adapter: Adapter, texts: list[str]) -> list[Any]:
@@ -262,8 +237,8 @@ def test_top_n_is_how_many_are_kept(
 ) -> None:
     """Five come back by default, all with None, and never more than there are."""
     adapter = make(KEY, base_url=stub.url, **options)
-    ranked = rerank(adapter, items_for(adapter, [f"{number} score=0.{number}" for number in range(1, 8)]))
-    assert scores(ranked) == [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1][:kept]
+    kept_items = rerank(adapter, items_for(adapter, [f"{number} score=0.{number}" for number in range(1, 8)]))
+    assert scores(kept_items) == [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1][:kept]
 
 
 CHANGES = pytest.mark.parametrize(
@@ -368,17 +343,16 @@ def test_async_calls_run_at_once_without_threads(adapter: Adapter, stub: Stub) -
 
     def reply(request: Received) -> Reply:
         workers.update(
-            thread.name for thread in threading.enumerate() if thread.name.startswith(("regolo_rerank", "asyncio_"))
+            thread.name for thread in threading.enumerate() if is_worker(thread) or thread.name.startswith("asyncio_")
         )
         return answer(request)
 
     stub.reply = reply
 
-    async def calls() -> list[list[Any]]:
-        return await asyncio.gather(*(later(adapter, items_for(adapter, TEXTS)) for _ in range(20)))
+    async def calls() -> list[Pairs]:
+        return await asyncio.gather(*(aranked(adapter, TEXTS) for _ in range(20)))
 
-    ranked = asyncio.run(calls())
-    assert [scores(one) for one in ranked] == [[0.9, 0.5, 0.1]] * 20
+    assert asyncio.run(calls()) == [[(1, 0.9), (2, 0.5), (0, 0.1)]] * 20
     assert workers == set()
 
 
@@ -386,8 +360,8 @@ def test_sync_calls_work_inside_a_running_loop(adapter: Adapter, stub: Stub) -> 
     """A sync method that a framework calls from a coroutine ranks as it does elsewhere, in several requests too."""
     adapter.batch_size = 1
 
-    async def call() -> list[Any]:
-        return now(adapter, items_for(adapter, TEXTS))
+    async def call() -> Pairs:
+        return ranked(adapter, TEXTS)
 
-    assert scores(asyncio.run(call())) == [0.9, 0.5, 0.1]
+    assert asyncio.run(call()) == [(1, 0.9), (2, 0.5), (0, 0.1)]
     assert len(stub.received) == 3

@@ -2,7 +2,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from regolo_rerank import APIStatusError, AuthenticationError, InvalidInputError
 from regolo_rerank.langchain import RegoloRerank
 from tests.conftest import KEY
+from tests.support.modes import Call
 from tests.support.stub import Received, Reply, Stub, error, scored
 
 
@@ -51,63 +52,10 @@ class AsyncTrace(AsyncBaseTracer):
         self.roots.append(run)
 
 
-class Compress(Protocol):
-    """Calls a compressor's `compress_documents` or `acompress_documents`."""
-
-    def __call__(self, compressor: Any, documents: Any, query: Any = "q") -> list[Document]: ...
-
-
-class Rerank(Protocol):
-    """Calls a reranker's `rerank` or `arerank`."""
-
-    def __call__(self, documents: Any, **arguments: Any) -> list[Any]: ...
-
-
-class Invoke(Protocol):
-    """Calls a runnable's `invoke` or `ainvoke`."""
-
-    def __call__(self, runnable: Runnable[Any, Any], value: Any, trace: Trace | AsyncTrace | None = None) -> Any: ...
-
-
 @pytest.fixture
 def reranker(stub: Stub) -> RegoloRerank:
     """A reranker that sends texts as they are and does not retry."""
     return RegoloRerank(KEY, base_url=stub.url, prompt_format="plain", max_retries=0)
-
-
-@pytest.fixture
-def compress(mode: str) -> Compress:
-    """Call a compressor in both ways."""
-
-    def call(compressor: Any, documents: Any, query: Any = "q") -> list[Document]:
-        if mode == "sync":
-            return list(compressor.compress_documents(documents, query))
-        return list(asyncio.run(compressor.acompress_documents(documents, query)))
-
-    return call
-
-
-@pytest.fixture
-def rerank(mode: str, reranker: RegoloRerank) -> Rerank:
-    """Call the reranker's peer convention in both ways."""
-
-    def call(documents: Any, **arguments: Any) -> list[Any]:
-        if mode == "sync":
-            return list(reranker.rerank(documents, "q", **arguments))
-        return list(asyncio.run(reranker.arerank(documents, "q", **arguments)))
-
-    return call
-
-
-@pytest.fixture
-def invoke(mode: str) -> Invoke:
-    """Call a runnable in both ways."""
-
-    def call(runnable: Runnable[Any, Any], value: Any, trace: Trace | AsyncTrace | None = None) -> Any:
-        config: Any = {"callbacks": [trace]} if trace else {}
-        return runnable.invoke(value, config) if mode == "sync" else asyncio.run(runnable.ainvoke(value, config))
-
-    return call
 
 
 @pytest.fixture
@@ -132,12 +80,10 @@ def retriever(reranker: RegoloRerank) -> ContextualCompressionRetriever:
     return ContextualCompressionRetriever(base_compressor=reranker, base_retriever=store.as_retriever())
 
 
-def test_the_best_documents_come_first_with_their_scores(
-    compress: Compress, reranker: RegoloRerank, stub: Stub
-) -> None:
+def test_the_best_documents_come_first_with_their_scores(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """The `top_n` best documents come back in order, each with `relevance_score`; all of them were sent."""
     reranker.top_n = 2
-    ranked = compress(reranker, documents())
+    ranked = call(reranker.compress_documents, documents(), "q")
     assert [(document.page_content, document.metadata) for document in ranked] == [
         ("b score=0.9", {"relevance_score": 0.9}),
         ("c score=0.5", {"relevance_score": 0.5}),
@@ -145,19 +91,19 @@ def test_the_best_documents_come_first_with_their_scores(
     assert stub.documents == [texts(documents())]
 
 
-def test_everything_a_document_has_is_kept(compress: Compress, reranker: RegoloRerank) -> None:
+def test_everything_a_document_has_is_kept(call: Call, reranker: RegoloRerank) -> None:
     """Class, id, type, further fields and metadata come back, and `relevance_score` is added."""
     page = Page(page_content="a score=0.4", id="p-7", number=7, metadata={"source": "x", "nested": {"tags": ["y"]}})
-    (kept,) = compress(reranker, [page])
+    (kept,) = call(reranker.compress_documents, [page], "q")
     assert type(kept) is Page
     assert kept == page.model_copy(update={"metadata": {**page.metadata, "relevance_score": 0.4}})
 
 
-def test_the_callers_documents_are_never_changed(compress: Compress, reranker: RegoloRerank) -> None:
+def test_the_callers_documents_are_never_changed(call: Call, reranker: RegoloRerank) -> None:
     """List, documents and metadata are after the call what they were before, and none is handed out itself."""
     given = [Document("a score=0.1", metadata={"nested": {"tags": ["y"]}}), *documents()]
     before = deepcopy(given)
-    ranked = compress(reranker, given)
+    ranked = call(reranker.compress_documents, given, "q")
     assert given == before
     assert not {id(document) for document in given} & {id(document) for document in ranked}
     assert not {id(document.metadata) for document in given} & {id(document.metadata) for document in ranked}
@@ -165,17 +111,21 @@ def test_the_callers_documents_are_never_changed(compress: Compress, reranker: R
 
 @pytest.mark.parametrize("kind", [tuple, iter])
 def test_documents_come_in_a_tuple_or_an_iterator_too(
-    compress: Compress, rerank: Rerank, reranker: RegoloRerank, kind: Callable[[list[Document]], Any]
+    call: Call, reranker: RegoloRerank, kind: Callable[[list[Document]], Any]
 ) -> None:
     """A tuple and an iterator are as good as a list."""
-    assert texts(compress(reranker, kind(documents()))) == ["b score=0.9", "c score=0.5", "a score=0.1"]
-    assert [result["index"] for result in rerank(kind(documents()))] == [1, 2, 0]
+    assert texts(call(reranker.compress_documents, kind(documents()), "q")) == [
+        "b score=0.9",
+        "c score=0.5",
+        "a score=0.1",
+    ]
+    assert [result["index"] for result in call(reranker.rerank, kind(documents()), "q")] == [1, 2, 0]
 
 
-def test_an_empty_list_sends_nothing(compress: Compress, rerank: Rerank, reranker: RegoloRerank, stub: Stub) -> None:
+def test_an_empty_list_sends_nothing(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """Without documents there is nothing to rank and nothing to ask."""
-    assert compress(reranker, []) == []
-    assert rerank([]) == []
+    assert call(reranker.compress_documents, [], "q") == []
+    assert call(reranker.rerank, [], "q") == []
     assert stub.received == []
 
 
@@ -189,15 +139,15 @@ def test_an_empty_list_sends_nothing(compress: Compress, rerank: Rerank, reranke
     ],
 )
 def test_what_is_no_document_is_refused_by_index_and_type(
-    compress: Compress, reranker: RegoloRerank, stub: Stub, given: Any, problem: str
+    call: Call, reranker: RegoloRerank, stub: Stub, given: Any, problem: str
 ) -> None:
     """The error names the place and the type of what is no document, and nothing is sent."""
     with pytest.raises(InvalidInputError, match=problem):
-        compress(reranker, given)
+        call(reranker.compress_documents, given, "q")
     assert stub.received == []
 
 
-def test_metadata_fields_are_scored_and_not_shown(compress: Compress, reranker: RegoloRerank, stub: Stub) -> None:
+def test_metadata_fields_are_scored_and_not_shown(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """Each named key that a document has is a `key: value` line in front of its text, on the wire only."""
     reranker.metadata_fields = ("title", "year")
     given = [
@@ -205,15 +155,15 @@ def test_metadata_fields_are_scored_and_not_shown(compress: Compress, reranker: 
         Document("b", metadata={"year": None}),
         Document("c"),
     ]
-    ranked = compress(reranker, given)
+    ranked = call(reranker.compress_documents, given, "q")
     assert stub.documents == [["title: T\nyear: 1999\na", "year: None\nb", "c"]]
     assert sorted(texts(ranked)) == ["a", "b", "c"]
 
 
-def test_the_key_has_two_names(compress: Compress, stub: Stub) -> None:
+def test_the_key_has_two_names(call: Call, stub: Stub) -> None:
     """`regolo_api_key` is `api_key` under the name that LangChain's conventions give it."""
     options: dict[str, Any] = {"regolo_api_key": KEY, "base_url": stub.url}
-    compress(RegoloRerank(**options), documents())
+    call(RegoloRerank(**options).compress_documents, documents(), "q")
     assert stub.received[0].headers["authorization"] == f"Bearer {KEY}"
 
 
@@ -226,10 +176,10 @@ def test_the_key_under_both_names_is_refused() -> None:
     assert "sk-other" not in str(refused.value)
 
 
-def test_rerank_follows_the_convention_of_langchains_rerankers(rerank: Rerank, stub: Stub) -> None:
+def test_rerank_follows_the_convention_of_langchains_rerankers(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """Strings, documents and dicts with a `text` give plain dicts of index and score, the best first."""
-    given = ["a score=0.1", Document("b score=0.9"), {"text": "c score=0.5", "id": 3}]
-    assert rerank(given) == [
+    given: list[Any] = ["a score=0.1", Document("b score=0.9"), {"text": "c score=0.5", "id": 3}]
+    assert call(reranker.rerank, given, "q") == [
         {"index": 1, "relevance_score": 0.9},
         {"index": 2, "relevance_score": 0.5},
         {"index": 0, "relevance_score": 0.1},
@@ -237,12 +187,25 @@ def test_rerank_follows_the_convention_of_langchains_rerankers(rerank: Rerank, s
     assert stub.documents == [["a score=0.1", "b score=0.9", "c score=0.5"]]
 
 
-def test_rerank_takes_model_and_top_n_for_one_call(rerank: Rerank, reranker: RegoloRerank, stub: Stub) -> None:
+def test_rerank_takes_model_and_top_n_for_one_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """They stand in for the options in this call and leave them as they are."""
-    assert [result["index"] for result in rerank(documents(), model="other", top_n=1)] == [1]
-    assert [result["index"] for result in rerank(documents())] == [1, 2, 0]
+    assert [result["index"] for result in call(reranker.rerank, documents(), "q", model="other", top_n=1)] == [1]
+    assert [result["index"] for result in call(reranker.rerank, documents(), "q")] == [1, 2, 0]
     assert [request.json["model"] for request in stub.received] == ["other", "Qwen3-Reranker-4B"]
     assert (reranker.model, reranker.top_n) == ("Qwen3-Reranker-4B", 5)
+
+
+def test_rerank_takes_the_task_of_one_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """An instruction stands in for the option in this call, wherever the format puts it."""
+    for prompt_format in ("tagged", "server_template"):
+        reranker.prompt_format = prompt_format
+        call(reranker.rerank, documents(), "q", instruction="Find recipes")
+        call(reranker.rerank, documents(), "q")
+    tagged, by_default, in_a_field, in_a_field_by_default = [request.json for request in stub.received]
+    assert tagged["query"] == "<Instruct>: Find recipes\n<Query>: q"
+    assert by_default["query"] == f"<Instruct>: {reranker.instruction}\n<Query>: q"
+    assert (in_a_field["query"], in_a_field["instruction"]) == ("q", "Find recipes")
+    assert in_a_field_by_default["instruction"] == reranker.instruction
 
 
 @pytest.mark.parametrize(
@@ -253,34 +216,36 @@ def test_rerank_takes_model_and_top_n_for_one_call(rerank: Rerank, reranker: Reg
         (7, r"documents\[1\]: must be str or Document or dict, got int"),
     ],
 )
-def test_rerank_refuses_what_has_no_text(rerank: Rerank, stub: Stub, document: Any, problem: str) -> None:
+def test_rerank_refuses_what_has_no_text(
+    call: Call, reranker: RegoloRerank, stub: Stub, document: Any, problem: str
+) -> None:
     """The error names the place and the type, and nothing is sent."""
     with pytest.raises(InvalidInputError, match=problem):
-        rerank(["a", document])
+        call(reranker.rerank, ["a", document], "q")
     assert stub.received == []
 
 
-def test_rerank_raises_whatever_on_error_says(rerank: Rerank, reranker: RegoloRerank, stub: Stub) -> None:
+def test_rerank_raises_whatever_on_error_says(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """Indices need scores, so there is nothing to fall back to."""
     reranker.on_error = "return_input"
     stub.always(error("down", 500))
     with pytest.raises(APIStatusError, match="down"):
-        rerank(documents())
+        call(reranker.rerank, documents(), "q")
 
 
-def test_a_compression_retriever_reranks(invoke: Invoke, reranker: RegoloRerank, stub: Stub) -> None:
+def test_a_compression_retriever_reranks(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """A retriever's documents come back reranked, and the query goes out as it is."""
-    ranked = invoke(retriever(reranker), "capital of China")
+    ranked = call(retriever(reranker).invoke, "capital of China")
     assert texts(ranked) == ["b score=0.9", "c score=0.5", "a score=0.1"]
     assert [document.id for document in ranked] == ["2", "3", "1"]
     assert stub.received[0].json["query"] == "capital of China"
 
 
-def test_a_compressor_pipeline_reranks(compress: Compress, reranker: RegoloRerank) -> None:
+def test_a_compressor_pipeline_reranks(call: Call, reranker: RegoloRerank) -> None:
     """As a step of a pipeline, it reranks what the step before made."""
     splitter = CharacterTextSplitter(separator="|", chunk_size=12, chunk_overlap=0)
     pipeline = DocumentCompressorPipeline(transformers=[splitter, reranker])
-    ranked = compress(pipeline, [Document("a score=0.1|b score=0.9", metadata={"source": "x"})])
+    ranked = call(pipeline.compress_documents, [Document("a score=0.1|b score=0.9", metadata={"source": "x"})], "q")
     assert [(document.page_content, document.metadata) for document in ranked] == [
         ("b score=0.9", {"source": "x", "relevance_score": 0.9}),
         ("a score=0.1", {"source": "x", "relevance_score": 0.1}),
@@ -310,11 +275,11 @@ def test_the_runnable_is_a_step_of_a_chain(
     assert sorted(request.json["query"] for request in stub.received) == ["first", "second"]
 
 
-def test_the_runnable_follows_the_options(invoke: Invoke, reranker: RegoloRerank) -> None:
+def test_the_runnable_follows_the_options(call: Call, reranker: RegoloRerank) -> None:
     """An option that is assigned later counts for a runnable that was made before."""
     step = reranker.as_runnable()
     reranker.top_n = 1
-    assert texts(invoke(step, {"query": "q", "documents": documents()})) == ["b score=0.9"]
+    assert texts(call(step.invoke, {"query": "q", "documents": documents()})) == ["b score=0.9"]
 
 
 def test_the_runnable_is_async_without_threads(reranker: RegoloRerank, stub: Stub) -> None:
@@ -340,19 +305,19 @@ def test_the_runnable_is_async_without_threads(reranker: RegoloRerank, stub: Stu
     ],
 )
 def test_the_runnable_refuses_other_input(
-    invoke: Invoke, reranker: RegoloRerank, stub: Stub, value: Any, problem: str
+    call: Call, reranker: RegoloRerank, stub: Stub, value: Any, problem: str
 ) -> None:
     """The error says what the runnable takes, and nothing is sent."""
     with pytest.raises(InvalidInputError, match=problem):
-        invoke(reranker.as_runnable(), value)
+        call(reranker.as_runnable().invoke, value)
     assert stub.received == []
 
 
 def test_a_rerank_is_a_run_of_its_own_in_the_retrievers(
-    invoke: Invoke, trace: Trace | AsyncTrace, reranker: RegoloRerank
+    call: Call, trace: Trace | AsyncTrace, reranker: RegoloRerank
 ) -> None:
     """A handler of the retriever sees the rerank below it, with its name, inputs and outputs."""
-    ranked = invoke(retriever(reranker), "capital of China", trace)
+    ranked = call(retriever(reranker).invoke, "capital of China", {"callbacks": [trace]})
     (root,) = trace.roots
     assert [child.name for child in root.child_runs] == ["VectorStoreRetriever", "RegoloRerank"]
     run = root.child_runs[1]
@@ -365,12 +330,12 @@ def test_a_rerank_is_a_run_of_its_own_in_the_retrievers(
 
 
 def test_a_failed_rerank_is_a_failed_run(
-    invoke: Invoke, trace: Trace | AsyncTrace, reranker: RegoloRerank, stub: Stub
+    call: Call, trace: Trace | AsyncTrace, reranker: RegoloRerank, stub: Stub
 ) -> None:
     """A handler is told of the error, and of no output."""
     stub.always(error("no such key", 401))
     with pytest.raises(AuthenticationError):
-        invoke(retriever(reranker), "q", trace)
+        call(retriever(reranker).invoke, "q", {"callbacks": [trace]})
     (root,) = trace.roots
     run = root.child_runs[1]
     assert run.name == "RegoloRerank"
@@ -401,7 +366,7 @@ def test_a_cancelled_rerank_is_a_failed_run(reranker: RegoloRerank, stub: Stub) 
 
 
 def test_a_rerank_nests_under_the_runnable_around_it(
-    mode: str, invoke: Invoke, trace: Trace | AsyncTrace, reranker: RegoloRerank
+    mode: str, call: Call, trace: Trace | AsyncTrace, reranker: RegoloRerank
 ) -> None:
     """Callbacks that nobody passes are those of the surrounding chain."""
 
@@ -414,15 +379,15 @@ def test_a_rerank_nests_under_the_runnable_around_it(
     around: Runnable[str, list[Document]] = (
         RunnableLambda(step, name="around") if mode == "sync" else RunnableLambda(astep, name="around")
     )
-    ranked = invoke(around, "q", trace)
+    ranked = call(around.invoke, "q", {"callbacks": [trace]})
     (root,) = trace.roots
     assert [(run.name, (run.outputs or {}).get("documents")) for run in root.child_runs] == [("RegoloRerank", ranked)]
 
 
-def test_the_runnable_is_one_run(invoke: Invoke, trace: Trace | AsyncTrace, reranker: RegoloRerank) -> None:
+def test_the_runnable_is_one_run(call: Call, trace: Trace | AsyncTrace, reranker: RegoloRerank) -> None:
     """A rerank that is a chain's step shows once in its trace."""
     chain = reranker.as_runnable() | RunnableLambda(texts)
-    invoke(chain, {"query": "q", "documents": documents()}, trace)
+    call(chain.invoke, {"query": "q", "documents": documents()}, {"callbacks": [trace]})
     (root,) = trace.roots
     assert [run.name for run in root.child_runs] == ["RegoloRerank", "texts"]
     assert root.child_runs[0].child_runs == []

@@ -5,7 +5,7 @@ import pickle
 import uuid
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from regolo_rerank import AuthenticationError, InvalidInputError, RateLimitError, ServerError
 from regolo_rerank.langchain import RegoloRerank
 from tests.conftest import KEY
+from tests.support.modes import Call
 from tests.support.stub import Received, Reply, Stub, error, scored
 
 QUERY = "capital of China"
@@ -76,11 +77,6 @@ def first_two(given: dict[str, Any]) -> list[Document]:
 async def collected(chunks: Any) -> list[Any]:
     """Return all that an async iterator gives."""
     return [chunk async for chunk in chunks]
-
-
-def run(step: Step, given: Any, mode: str, config: RunnableConfig | None = None) -> Any:
-    """Invoke a runnable in a mode."""
-    return step.invoke(given, config) if mode == "sync" else asyncio.run(step.ainvoke(given, config))
 
 
 def tree(above: Run) -> Any:
@@ -168,55 +164,55 @@ def test_a_step_waits_for_its_input_in_a_stream(mode: str, step: Step, stub: Stu
     assert len(stub.received) == 1
 
 
-def test_a_step_can_be_named_and_tagged(mode: str, step: Step) -> None:
+def test_a_step_can_be_named_and_tagged(call: Call, step: Step) -> None:
     """Name, tags, metadata and id of a configuration are those of the rerank's run."""
     trace, run_id = RunCollectorCallbackHandler(), uuid.uuid4()
     tagged = step.with_config(run_name="second stage", tags=["rag"], metadata={"tenant": "x"}, callbacks=[trace])
-    run(tagged, candidates(), mode, {"tags": ["now"], "run_id": run_id})
+    call(tagged.invoke, candidates(), {"tags": ["now"], "run_id": run_id})
     (traced,) = trace.traced_runs
     assert (traced.name, traced.id, sorted(traced.tags or [])) == ("second stage", run_id, ["now", "rag"])
     assert traced.extra["metadata"]["tenant"] == "x"
 
 
-def test_a_step_is_tried_again(mode: str, step: Step, stub: Stub) -> None:
+def test_a_step_is_tried_again(call: Call, step: Step, stub: Stub) -> None:
     """`with_retry` sends again after the errors that it names, and after no others."""
     patient = step.with_retry(
         retry_if_exception_type=(RateLimitError,), wait_exponential_jitter=False, stop_after_attempt=2
     )
     stub.script(error("too many requests", 429))
     trace = RunCollectorCallbackHandler()
-    assert texts(run(patient, candidates(), mode, {"callbacks": [trace]})) == BEST
+    assert texts(call(patient.invoke, candidates(), {"callbacks": [trace]})) == BEST
     (around,) = trace.traced_runs
     assert tree(around) == {"RegoloRerank": ["RegoloRerank", "RegoloRerank"]}
     assert ["RateLimitError" in str(attempt.error) for attempt in around.child_runs] == [True, False]
     stub.script(error("down", 500))
     with pytest.raises(ServerError):
-        run(patient, candidates(), mode)
+        call(patient.invoke, candidates())
     assert len(stub.received) == 3
 
 
-def test_a_step_can_have_a_stand_in(mode: str, step: Step, stub: Stub) -> None:
+def test_a_step_can_have_a_stand_in(call: Call, step: Step, stub: Stub) -> None:
     """`with_fallbacks` gives what the next runnable makes of the same input, and the trace shows both."""
     stub.always(error("down", 500))
     safe = step.with_fallbacks([RunnableLambda(first_two)])
     trace = RunCollectorCallbackHandler()
-    assert run(safe, candidates(), mode, {"callbacks": [trace]}) == documents()[:2]
+    assert call(safe.invoke, candidates(), {"callbacks": [trace]}) == documents()[:2]
     runs = [(traced.name, "ServerError" in str(traced.error)) for traced in trace.traced_runs]
     assert runs == [("RegoloRerank", True), ("first_two", False), ("RunnableWithFallbacks", False)]
 
 
-def test_a_stand_in_can_be_for_some_errors_only(mode: str, step: Step, stub: Stub) -> None:
+def test_a_stand_in_can_be_for_some_errors_only(call: Call, step: Step, stub: Stub) -> None:
     """A wrong key is raised past a stand-in for failures of the service."""
     stub.always(error("no such key", 401))
     safe = step.with_fallbacks([RunnableLambda(first_two)], exceptions_to_handle=(ServerError, RateLimitError))
     with pytest.raises(AuthenticationError):
-        run(safe, candidates(), mode)
+        call(safe.invoke, candidates())
 
 
-def batched(step: Step, mode: str, **arguments: Any) -> list[Any]:
+def batched(step: Step, call: Call, **arguments: Any) -> list[Any]:
     """Rerank for eight queries, of which the fourth fails."""
     given = [candidates(f"query {number}") for number in range(8)]
-    return step.batch(given, **arguments) if mode == "sync" else asyncio.run(step.abatch(given, **arguments))
+    return call(step.batch, given, **arguments)
 
 
 def failing_for_the_fourth(request: Received) -> Reply:
@@ -226,28 +222,28 @@ def failing_for_the_fourth(request: Received) -> Reply:
     return Reply(scored(request).body, delay=0.05)
 
 
-def test_a_batch_keeps_its_order_and_its_errors(mode: str, step: Step, stub: Stub) -> None:
+def test_a_batch_keeps_its_order_and_its_errors(call: Call, step: Step, stub: Stub) -> None:
     """With `return_exceptions`, an error stands in the place of its input; without, it is raised."""
     stub.reply = failing_for_the_fourth
-    outcomes = batched(step, mode, return_exceptions=True)
+    outcomes = batched(step, call, return_exceptions=True)
     assert isinstance(outcomes.pop(3), AuthenticationError)
     assert [texts(kept) for kept in outcomes] == [BEST] * 7
     with pytest.raises(AuthenticationError):
-        batched(step, mode)
+        batched(step, call)
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_a_batch_keeps_to_its_concurrency(mode: str, step: Step, stub: Stub, most: int) -> None:
+def test_a_batch_keeps_to_its_concurrency(call: Call, step: Step, stub: Stub, most: int) -> None:
     """No more inputs than `max_concurrency` are under way at once, and as many as that."""
     stub.reply = failing_for_the_fourth
-    batched(step, mode, config={"max_concurrency": most}, return_exceptions=True)
+    batched(step, call, config={"max_concurrency": most}, return_exceptions=True)
     assert stub.most_at_once == most
 
 
-def test_a_batch_traces_each_input(mode: str, step: Step) -> None:
+def test_a_batch_traces_each_input(call: Call, step: Step) -> None:
     """Every input of a batch is a run of its own, with its own query."""
     trace = RunCollectorCallbackHandler()
-    batched(step, mode, config={"callbacks": [trace]})
+    batched(step, call, config={"callbacks": [trace]})
     queries = sorted(found.inputs["query"] for found in named(trace.traced_runs, "RegoloRerank"))
     assert queries == [f"query {number}" for number in range(8)]
 
@@ -272,17 +268,36 @@ def test_a_step_says_what_it_takes_and_gives(step: Step) -> None:
     assert "RegoloRerank" in {node.name for node in FORMS["dict"](step).get_graph().nodes.values()}
 
 
-def test_a_step_refuses_arguments(mode: str, step: Step, stub: Stub) -> None:
+def test_a_step_refuses_arguments(call: Call, step: Step, stub: Stub) -> None:
     """What is bound to it would have no effect, so it is an error that names it."""
-    with pytest.raises(InvalidInputError, match="top_n: the runnable takes no arguments; set options on the reranker"):
-        run(step.bind(top_n=1), candidates(), mode)
+    with pytest.raises(InvalidInputError, match="top_n: the runnable takes no argument but instruction"):
+        call(step.bind(top_n=1).invoke, candidates())
     assert stub.received == []
 
 
-def test_a_step_can_be_pickled(mode: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_the_task_of_a_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """`instruction` can be bound to a step or be passed to its call, and holds for that call alone."""
+    reranker.prompt_format = "server_template"
+    step = reranker.as_runnable()
+    call(step.bind(instruction="bound").invoke, candidates())
+    call(step.invoke, candidates(), None, instruction="passed")
+    call(step.batch, [candidates(), candidates()], None, instruction="for a batch")
+    call(step.invoke, candidates())
+    assert [request.json["instruction"] for request in stub.received] == [
+        "bound",
+        "passed",
+        "for a batch",
+        "for a batch",
+        reranker.instruction,
+    ]
+    with pytest.raises(InvalidInputError, match="instruction: "):
+        call(step.bind(instruction=7).invoke, candidates())
+
+
+def test_a_step_can_be_pickled(call: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes to another process with its options, and finds its key in the environment there."""
     monkeypatch.setenv("REGOLO_API_KEY", KEY)
-    assert texts(run(pickle.loads(pickle.dumps(step)), candidates(), mode)) == BEST  # noqa: S301 - our own
+    assert texts(call(pickle.loads(pickle.dumps(step)).invoke, candidates())) == BEST  # noqa: S301 - our own
 
 
 def test_events_of_a_stream_tell_of_the_rerank(step: Step) -> None:
@@ -299,11 +314,11 @@ def test_events_of_a_stream_tell_of_the_rerank(step: Step) -> None:
     assert told[-1]["data"]["output"]["usage"]["requests"] == 1
 
 
-def test_a_compression_retriever_in_a_chain_traces_as_one_tree(mode: str, reranker: RegoloRerank) -> None:
+def test_a_compression_retriever_in_a_chain_traces_as_one_tree(call: Call, reranker: RegoloRerank) -> None:
     """Callbacks of the chain's configuration reach the rerank in a retriever in a chain."""
     retriever = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=Everything())
     trace = RunCollectorCallbackHandler()
-    assert run(retriever | RunnableLambda(texts), QUERY, mode, {"callbacks": [trace], "tags": ["rag"]}) == BEST
+    assert call((retriever | RunnableLambda(texts)).invoke, QUERY, {"callbacks": [trace], "tags": ["rag"]}) == BEST
     (root,) = trace.traced_runs
     assert tree(root) == {
         "RunnableSequence": [{"ContextualCompressionRetriever": ["Everything", "RegoloRerank"]}, "texts"]
@@ -311,22 +326,22 @@ def test_a_compression_retriever_in_a_chain_traces_as_one_tree(mode: str, rerank
     assert "rag" in (named([root], "RegoloRerank")[0].tags or [])
 
 
-def test_a_step_called_by_a_function_nests_below_it(mode: str, step: Step) -> None:
+def test_a_step_called_by_a_function_nests_below_it(call: Call, step: Step) -> None:
     """A configuration that is handed on, and one that is not, both lead to a run below the function's."""
 
-    def call(query: str, config: RunnableConfig) -> list[Document]:
+    def around(query: str, config: RunnableConfig) -> list[Document]:
         kept: list[Document] = step.invoke(candidates(query), config)
         assert kept == step.invoke(candidates(query))
         return kept
 
-    async def acall(query: str, config: RunnableConfig) -> list[Document]:
+    async def aaround(query: str, config: RunnableConfig) -> list[Document]:
         kept: list[Document] = await step.ainvoke(candidates(query), config)
         assert kept == await step.ainvoke(candidates(query))
         return kept
 
     trace = RunCollectorCallbackHandler()
-    around: Step = RunnableLambda(call, acall, name="around")
-    run(around, QUERY, mode, {"callbacks": [trace]})
+    function: Step = RunnableLambda(around, aaround)
+    call(function.invoke, QUERY, {"callbacks": [trace]})
     assert [tree(root) for root in trace.traced_runs] == [{"around": ["RegoloRerank", "RegoloRerank"]}]
 
 
@@ -356,7 +371,7 @@ def step_node(reranker: RegoloRerank, _: str) -> Any:
     ids=["function", "step"],
 )
 def test_a_graph_reranks_what_its_retrieving_node_found(
-    mode: str, reranker: RegoloRerank, stub: Stub, node: Callable[[RegoloRerank, str], Any], above: Any
+    mode: str, call: Call, reranker: RegoloRerank, stub: Stub, node: Callable[[RegoloRerank, str], Any], above: Any
 ) -> None:
     """A node that reranks puts the best documents into the state, and its run nests below the graph's."""
 
@@ -373,8 +388,8 @@ def test_a_graph_reranks_what_its_retrieving_node_found(
     graph.add_edge(START, "retrieve")
     graph.add_edge("retrieve", "rerank")
     graph.add_edge("rerank", "answer")
-    trace = RunCollectorCallbackHandler()
-    state = run(graph.compile(), {"query": QUERY}, mode, {"callbacks": [trace]})
+    trace, compiled = RunCollectorCallbackHandler(), cast("Step", graph.compile())
+    state = call(compiled.invoke, {"query": QUERY}, {"callbacks": [trace]})
     assert (state["answer"], texts(state["documents"])) == ("b score=0.9 c score=0.5", BEST)
     assert [request.json["query"] for request in stub.received] == [QUERY]
     (root,) = trace.traced_runs
@@ -383,13 +398,13 @@ def test_a_graph_reranks_what_its_retrieving_node_found(
     assert (traced.outputs or {})["scores"] == [0.9, 0.5]
 
 
-def test_a_failed_rerank_fails_its_graph(mode: str, reranker: RegoloRerank, stub: Stub) -> None:
+def test_a_failed_rerank_fails_its_graph(mode: str, call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """The error of a node's rerank is the graph's, and of the package's own class."""
     stub.always(error("no such key", 401))
     graph = StateGraph(State)
     graph.add_node("rerank", function_node(reranker, mode))
     graph.add_edge(START, "rerank")
-    trace = RunCollectorCallbackHandler()
+    trace, compiled = RunCollectorCallbackHandler(), cast("Step", graph.compile())
     with pytest.raises(AuthenticationError):
-        run(graph.compile(), candidates(), mode, {"callbacks": [trace]})
+        call(compiled.invoke, candidates(), {"callbacks": [trace]})
     assert ["AuthenticationError" in str(found.error) for found in named(trace.traced_runs, "RegoloRerank")] == [True]

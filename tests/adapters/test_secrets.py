@@ -1,6 +1,5 @@
 """Where else the key must not show; objects, logs, errors and mistakes are in test_peers.py."""
 
-import asyncio
 import gc
 import json
 import logging
@@ -21,7 +20,9 @@ from regolo_rerank import RateLimitError, RerankFallbackWarning, ServerError
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
-from tests.support.entries import KINDS, Entry, documents_of, nodes_of
+from tests.support.entries import Entry, documents_of, nodes_of
+from tests.support.inside import private_state_of, refusal_of
+from tests.support.modes import Call
 from tests.support.stub import Reply, Stub
 
 CANARY = "canary"
@@ -53,15 +54,13 @@ def holders(root: object) -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
-def test_the_key_is_nowhere_but_in_its_secret(kind: Any, mode: str, stub: Stub) -> None:
+def test_the_key_is_nowhere_but_in_its_secret(entry: Entry, stub: Stub) -> None:
     """After a call, nothing within reach of a reranker holds the key, its connections and errors included."""
-    entry = Entry(kind, mode, stub.url)
     with entry.opened(max_retries=1) as reranker:
         entry.rank(reranker, TEXTS)
         assert stub.received[0].headers["authorization"] == f"Bearer {KEY}"
         assert holders(vars(reranker)) == []
-        assert holders(reranker.__pydantic_private__) == []
+        assert holders(private_state_of(reranker)) == []
         stub.always(QUOTING)
         with pytest.raises(Exception, match=r"key \*\*\* has a problem") as caught:
             entry.rank(reranker, TEXTS)
@@ -70,8 +69,8 @@ def test_the_key_is_nowhere_but_in_its_secret(kind: Any, mode: str, stub: Stub) 
         stub.always(Reply(QUOTING.body, 429, {"retry-after-ms": "50"}))
         with pytest.raises(RateLimitError):
             entry.rank(reranker, TEXTS)
-        assert reranker._pools.gate._refusal is not None
-        assert holders(reranker.__pydantic_private__) == []
+        assert refusal_of(reranker) is not None
+        assert holders(private_state_of(reranker)) == []
         assert CANARY not in f"{reranker} {reranker!r} {caught.value} {caught.value!r}"
 
 
@@ -81,22 +80,18 @@ def test_the_search_for_holders_finds_the_key_where_it_is() -> None:
         assert holders([place])
 
 
-def test_no_trace_of_langchain_shows_the_key(mode: str, stub: Stub) -> None:
+def test_no_trace_of_langchain_shows_the_key(call: Call, stub: Stub) -> None:
     """Runs that end well and runs that fail are recorded without the key."""
     reranker, traced = LangChainRerank(KEY, base_url=stub.url, max_retries=0), RunCollectorCallbackHandler()
     step = reranker.as_runnable().with_config(callbacks=[traced])
     given: Any = {"query": "q", "documents": documents_of(TEXTS)}
-
-    def run() -> None:
-        step.invoke(given) if mode == "sync" else asyncio.run(step.ainvoke(given))
-
     reranker.compress_documents(given["documents"], "q", callbacks=[traced])
-    run()
+    call(step.invoke, given)
     stub.always(QUOTING)
     with pytest.raises(ServerError):
         reranker.compress_documents(given["documents"], "q", callbacks=[traced])
     with pytest.raises(ServerError):
-        run()
+        call(step.invoke, given)
     runs = [run.model_dump() for run in traced.traced_runs]
     assert [bool(run["error"]) for run in runs] == [False, False, True, True]
     assert CANARY not in repr(runs) + json.dumps(runs, default=repr)
@@ -128,17 +123,16 @@ def test_no_event_or_span_of_llama_index_shows_the_key(mode: str, stub: Stub) ->
 
 
 @pytest.mark.parametrize("kind", [LangChainRerank, LlamaIndexRerank], ids=["langchain", "llama_index"])
-def test_no_warning_shows_the_key(kind: Any, mode: str, stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_shows_the_key(entry: Entry, call: Call, stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
     """A fallback warns of the server's words without the key that they quote, and so do the logs of retries."""
     stub.always(QUOTING)
-    entry = Entry(kind, mode, stub.url)
     with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with entry.opened(max_retries=1, on_error="return_input", top_n=2) as reranker:
             if isinstance(reranker, LangChainRerank):
-                assert reranker.compress_documents(documents_of(TEXTS), "q") == documents_of(TEXTS)[:2]
+                assert call(reranker.compress_documents, documents_of(TEXTS), "q") == documents_of(TEXTS)[:2]
             elif isinstance(reranker, LlamaIndexRerank):
-                assert len(reranker.postprocess_nodes(nodes_of(TEXTS), query_str="q")) == 2
+                assert len(call(reranker.postprocess_nodes, nodes_of(TEXTS), query_str="q")) == 2
     assert [warning.category for warning in caught] == [RerankFallbackWarning]
     assert "key *** has a problem" in str(caught[0].message)
     assert CANARY not in caplog.text + "".join(map(str, (warning.message for warning in caught)))

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from random import Random
 from typing import Any, Final
 
 import httpx
@@ -16,13 +15,11 @@ from pydantic import SecretStr, ValidationError
 from pydantic_core import from_json
 
 from regolo_rerank import APIStatusError, InvalidInputError, PromptFormat, RegoloClient, RegoloError
-from regolo_rerank._core.ranking import Plan
-from regolo_rerank._transports.local import answer
-from regolo_rerank._wire.messages import read_error, read_reply, request_id_of
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PRESETS
 from tests.conftest import Rank
-from tests.support.entries import KINDS, Entry, Pairs
+from tests.support.entries import Entry, Pairs
+from tests.support.inside import answer
 from tests.support.stub import Reply, Stub, pairs
 
 KEY: Final = 'sk-canary/"\\4f1d'
@@ -217,6 +214,19 @@ def check(case: Case, rank: Callable[[], Pairs]) -> None:
         assert ranking == expected
 
 
+def client_of(
+    answers: Callable[[bytes], tuple[int, bytes]], headers: dict[str, str] | None = None, **options: Any
+) -> RegoloClient:
+    """Return a client of a service in this process: a function from a request's body to a status and a body."""
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        status, body = answers(request.content)
+        return httpx.Response(status, headers=headers, content=body)
+
+    service = httpx.Client(transport=httpx.MockTransport(handle))
+    return RegoloClient(KEY, http_client=service, max_retries=0, max_concurrency=1, **options)
+
+
 @TIMES
 def test_any_reply_gives_the_ranking_or_an_error_of_ours(times: int) -> None:
     """Whatever a server sends, it is read as a ten-line reader would read it, or refused without showing the key."""
@@ -224,19 +234,8 @@ def test_any_reply_gives_the_ranking_or_an_error_of_ours(times: int) -> None:
     @cases(200 * times)
     @given(exchanges())
     def holds(case: Case) -> None:
-        headers = httpx.Headers(case.headers)
-        plan = Plan("q", case.texts, Options(top_n=case.top_n), PRESETS["plain"])
-        plan.cut({})
-        (batch,) = plan.batches
-
-        def rank() -> Pairs:
-            if not 200 <= case.status < 300:
-                raise read_error(case.status, case.body, headers, SecretStr(KEY))
-            reply = read_reply(case.body, headers, SecretStr(KEY))
-            plan.learn(batch, reply, request_id_of(headers), 1)
-            return pairs(plan.response().results)
-
-        check(case, rank)
+        service = client_of(lambda _: (case.status, case.body), case.headers, prompt_format="plain", top_n=case.top_n)
+        check(case, lambda: pairs(service.rerank("q", case.texts).results))
 
     holds()
 
@@ -297,8 +296,8 @@ def test_any_documents_are_sent_once_and_ranked(times: int) -> None:
     """Any Unicode, format and limits: requests are JSON within the limits, each text goes once, none of them blank."""
 
     @cases(150 * times)
-    @given(WORDED, candidates(), OPTIONS, FORMATS, st.randoms(use_true_random=False))
-    def holds(query: str, documents: list[str], arguments: dict[str, Any], form: PromptFormat, rng: Random) -> None:
+    @given(WORDED, candidates(), OPTIONS, FORMATS)
+    def holds(query: str, documents: list[str], arguments: dict[str, Any], form: PromptFormat) -> None:
         options = Options(**arguments)
         texts = [text[: options.max_document_chars] for text in documents]
         bare = {
@@ -306,16 +305,21 @@ def test_any_documents_are_sent_once_and_ranked(times: int) -> None:
             "query": repaired(form.format_query(query, options.instruction)),
             "documents": [],
         }
+        bodies: list[bytes] = []
+
+        def answers(body: bytes) -> tuple[int, bytes]:
+            bodies.append(body)
+            return answer(body, scorer)
+
         try:
-            plan = Plan(query, documents, options, form)
-            plan.cut({})
+            results = client_of(answers, prompt_format=form, **arguments).rerank(query, documents).results
         except InvalidInputError as error:
             check_error(error)
+            assert not bodies
             assert len(json.dumps(bare, ensure_ascii=False).encode()) + 20 > options.max_request_bytes
             return
         sent: list[str] = []
-        for batch in rng.sample(plan.batches, len(plan.batches)):
-            body = plan.request(batch)
+        for body in bodies:
             request = json.loads(body.decode())
             strings = request["documents"]
             assert request["query"] == bare["query"]
@@ -325,11 +329,8 @@ def test_any_documents_are_sent_once_and_ranked(times: int) -> None:
                 tokens = (form.query + form.document).count("<|")
                 assert {(bare["query"] + string).count("<|") for string in strings} == {tokens}
             sent += strings
-            _, reply = answer(body, scorer)
-            plan.learn(batch, read_reply(reply, {}), None, 1)
         as_sent = [repaired(form.format_document(text)) if text.strip() else None for text in texts]
         assert Counter(sent) == Counter(repaired(form.format_document(text)) for text in {*texts} if text.strip())
-        results = plan.response().results
         assert pairs(results) == ranked(as_sent, options)
         assert all(result.document is documents[result.index] for result in results)
 
@@ -392,7 +393,6 @@ VALUES = st.one_of(
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_any_value_of_an_option_is_taken_or_refused_by_name(kind: Any, times: int) -> None:
     """A value for an option is accepted, or refused in a ValidationError that names the option and shows no key."""
 
@@ -448,10 +448,8 @@ UNICODE = WORDED.map(repaired)
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_any_reply_over_a_socket(kind: Any, mode: str, stub: Stub, times: int) -> None:
+def test_any_reply_over_a_socket(entry: Entry, stub: Stub, times: int) -> None:
     """Every entry point makes of a reply what the reference does, or an error of ours."""
-    entry = Entry(kind, mode, stub.url)
 
     @cases(15 * times)
     @given(exchanges(UNICODE).filter(lambda case: case.status not in {*range(200), 204, 304}))
@@ -480,10 +478,8 @@ LIMITS = st.fixed_dictionaries(
 
 
 @TIMES
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_any_documents_over_a_socket(kind: Any, mode: str, stub: Stub, times: int) -> None:
+def test_any_documents_over_a_socket(entry: Entry, stub: Stub, times: int) -> None:
     """Every entry point ranks any documents as a plain sort does, with whatever options are accepted."""
-    entry = Entry(kind, mode, stub.url)
     stub.reply = lambda request: Reply(answer(request.body, scorer)[1])
 
     @cases(10 * times)

@@ -38,7 +38,6 @@ from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import KEY
 from tests.support.entries import (
-    KINDS,
     Entry,
     Pairs,
     Reranker,
@@ -48,23 +47,12 @@ from tests.support.entries import (
     pairs_of_documents,
     ranked,
 )
+from tests.support.inside import connections_of
+from tests.support.modes import Call
 from tests.support.stub import Received, Reply, Stub, error, results, score, scored, together
 
 TEXTS = ["a score=0.2", "b score=0.9", "c score=0.5"]
 RANKED = [(1, 0.9), (2, 0.5), (0, 0.2)]
-
-
-@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
-def kind(request: pytest.FixtureRequest) -> type[Reranker]:
-    """Every entry point."""
-    chosen: type[Reranker] = request.param
-    return chosen
-
-
-@pytest.fixture
-def entry(kind: type[Reranker], mode: str, stub: Stub) -> Entry:
-    """Every entry point in both modes."""
-    return Entry(kind, mode, stub.url)
 
 
 def test_64_async_calls_wait_together_and_start_no_thread(kind: type[Reranker], stub: Stub) -> None:
@@ -167,29 +155,25 @@ def test_many_documents_become_one_ranking(entry: Entry, stub: Stub, top_n: int 
 
 
 @pytest.mark.parametrize("kind", [LangChainRerank], ids=["langchain"])
-def test_a_documents_id_is_kept(entry: Entry) -> None:
+def test_a_documents_id_is_kept(entry: Entry, call: Call) -> None:
     """LangChain documents come back with the id that they came with."""
     reranker, documents = entry.opened(top_n=2), documents_of(TEXTS)
     assert isinstance(reranker, LangChainRerank)
-    if entry.mode == "sync":
-        kept = reranker.compress_documents(documents, "q")
-    else:
-        kept = asyncio.run(reranker.acompress_documents(documents, "q"))
+    kept = call(reranker.compress_documents, documents, "q")
     assert [document.id for document in kept] == ["id-1", "id-2"]
 
 
 @pytest.mark.parametrize("kind", [LlamaIndexRerank], ids=["llama_index"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_node_keeps_its_id_and_the_text_that_the_llm_sees(entry: Entry, *, keep: bool) -> None:
-    """LlamaIndex nodes come back with their id, and a kept retrieval score shows in their metadata only."""
+def test_a_node_keeps_its_id_and_the_text_that_the_llm_sees(entry: Entry, call: Call, *, keep: bool) -> None:
+    """LlamaIndex nodes come back with their id, and scores show in their metadata only."""
     reranker, nodes = entry.opened(top_n=2, keep_retrieval_score=keep), nodes_of(TEXTS)
     assert isinstance(reranker, LlamaIndexRerank)
-    if entry.mode == "sync":
-        kept = reranker.postprocess_nodes(nodes, query_str="q")
-    else:
-        kept = asyncio.run(reranker.apostprocess_nodes(nodes, query_str="q"))
+    kept = call(reranker.postprocess_nodes, nodes, query_str="q")
     assert [node.node_id for node in kept] == ["1", "2"]
-    assert [node.metadata for node in kept] == [{"retrieval_score": 0.5} if keep else {}] * 2
+    assert [node.metadata for node in kept] == [
+        {**({"retrieval_score": 0.5} if keep else {}), "relevance_score": node.score} for node in kept
+    ]
     for mode in (MetadataMode.LLM, MetadataMode.EMBED):
         assert [node.node.get_content(mode) for node in kept] == [TEXTS[1], TEXTS[2]]
 
@@ -299,7 +283,7 @@ def test_no_form_of_an_object_shows_the_key(entry: Entry) -> None:
                 vars(reranker),
                 dumps(reranker),
             ]
-            forms += [reranker.model_dump(mode="json"), reranker.model_dump_json(), vars(reranker._pools)]
+            forms += [reranker.model_dump(mode="json"), reranker.model_dump_json(), vars(connections_of(reranker))]
             forms += [pickle.dumps(reranker, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
             if isinstance(reranker, LlamaIndexRerank):
                 forms += [reranker.to_dict(), reranker.to_json()]
@@ -428,14 +412,11 @@ def test_a_copy_works_and_leaves_the_original_as_it_is(
 
 
 @pytest.mark.parametrize("kind", [LangChainRerank], ids=["langchain"])
-def test_reranking_is_a_run_of_its_own_in_a_trace(entry: Entry) -> None:
+def test_reranking_is_a_run_of_its_own_in_a_trace(entry: Entry, call: Call) -> None:
     """A chain's trace holds the reranking with its query, its documents and its ranking."""
     traced, reranker = RunCollectorCallbackHandler(), entry.opened()
     step = RunnableLambda(lambda texts: ranked(reranker, texts), lambda texts: aranked(reranker, texts))
-    if entry.mode == "sync":
-        step.invoke(TEXTS, {"callbacks": [traced]})
-    else:
-        asyncio.run(step.ainvoke(TEXTS, {"callbacks": [traced]}))
+    call(step.invoke, TEXTS, {"callbacks": [traced]})
     [chain] = traced.traced_runs
     [run] = chain.child_runs
     assert (run.name, run.error) == ("RegoloRerank", None)

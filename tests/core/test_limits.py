@@ -1,27 +1,21 @@
 import asyncio
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from regolo_rerank import APITimeoutError, AuthenticationError, RateLimitError, RegoloClient
 from tests.conftest import KEY, Rank
-from tests.support.entries import KINDS, Entry
+from tests.support.entries import Entry
 from tests.support.faults import FaultServer, good, http, sends, stalls, trickles
+from tests.support.inside import workers
 from tests.support.observed import soon
-from tests.support.stub import Received, Reply, Stub, error, scored, together
-
-
-def texts(count: int) -> list[str]:
-    """Return distinct documents, the later ones better."""
-    return [f"document {index} score={index / count}" for index in range(count)]
+from tests.support.processes import own_process
+from tests.support.stub import Received, Reply, Stub, error, scored, texts, together
 
 
 class Window:
@@ -135,12 +129,11 @@ def test_64_default_calls_at_once_wait_for_none_of_them(mode: str, stub: Stub) -
     assert len(stub.received) == 64
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_a_wrong_key_over_50_batches_sends_few_requests(kind: Any, mode: str, stub: Stub) -> None:
+def test_a_wrong_key_over_50_batches_sends_few_requests(entry: Entry, stub: Stub) -> None:
     """The first final failure stops the rest: at most max_concurrency requests are sent."""
     stub.always(Reply({"error": {"message": "wrong key"}}, 401, delay=0.02))
     with pytest.raises(AuthenticationError):
-        Entry(kind, mode, stub.url)(texts(50), batch_size=1)
+        entry(texts(50), batch_size=1)
     assert len(stub.received) <= 4
 
 
@@ -161,9 +154,9 @@ def test_a_cancelled_call_hangs_up(mode: str) -> None:
         return took
 
     with FaultServer(usual=stalls(b"", 4)) as server, RegoloClient(KEY, base_url=server.url, batch_size=1) as client:
-        threads = {thread for thread in threading.enumerate() if thread.name == "regolo_rerank"}
+        threads = workers()
         assert asyncio.run(cancelled(client)) < 3
-        assert {thread for thread in threading.enumerate() if thread.name == "regolo_rerank"} == threads
+        assert workers() == threads
         assert soon(lambda: not server.connections)  # the server's threads see it a moment later
         assert len(server.received) == 4
 
@@ -208,14 +201,7 @@ def test_ctrl_c_ends_the_process_at_once(waits: str, batch_size: int) -> None:
         "at the gate": sends(http(b"{}", 429, retry_after="20")),
     }[waits]
     with FaultServer(usual=fault) as server:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-c", INTERRUPTED, server.url, str(batch_size)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={name: value for name, value in os.environ.items() if not name.startswith("COV")},
-        )
+        process = own_process(INTERRUPTED, server.url, str(batch_size), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert soon(lambda: server.received)
         time.sleep(0.1)  # let it come to the wait
         process.send_signal(signal.SIGINT)

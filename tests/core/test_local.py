@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from regolo_rerank import InvalidInputError, RegoloClient
 from regolo_rerank._transports.local import answer
-from regolo_rerank._transports.scorer import _model, embedded_scores
+from regolo_rerank._transports.scorer import embedded_scores
 from tests.conftest import Rank
+from tests.support.inside import forget_word_vectors
 from tests.support.stub import Reply, Stub, pairs
 
 QUERY = "capital of China"
@@ -141,6 +142,23 @@ def test_a_scorer_sees_the_plain_texts(rank: Rank) -> None:
     assert seen == [(QUERY, [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3]])]
 
 
+def test_a_scorer_may_do_with_its_list_what_it_wants(rank: Rank) -> None:
+    """The scores belong to the documents in their own order, also where a scorer has sorted or emptied the list."""
+
+    def scorer(_: str, documents: list[str]) -> list[float]:
+        scores = [float(text[-1]) for text in documents]
+        documents.sort()
+        documents.pop()
+        return scores
+
+    response = rank(RegoloClient(base_url="local://", scorer=scorer), QUERY, ["c 9", "a 1", "b 5"])
+    assert [(result.document, result.relevance_score) for result in response.results] == [
+        ("c 9", 9.0),
+        ("b 5", 5.0),
+        ("a 1", 1.0),
+    ]
+
+
 def test_a_scorer_that_computes_does_not_block_the_event_loop() -> None:
     """While a scorer works, the loop goes on."""
 
@@ -225,7 +243,7 @@ def test_the_vectors_are_read_once_by_threads_at_once(monkeypatch: pytest.Monkey
         return real(path)
 
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
-    _model.cache_clear()
+    forget_word_vectors()
     with ThreadPoolExecutor(8) as threads:
         scores = list(threads.map(lambda _: tuple(embedded_scores(QUERY, DOCUMENTS)), range(8)))
     assert len(reads) == 1
@@ -258,7 +276,7 @@ def test_nothing_is_fetched_or_left_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["tokenizers", "safetensors.numpy"])
 def test_without_its_packages_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded scorer names the extra that brings it, and the way round it."""
-    _model.cache_clear()
+    forget_word_vectors()
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InvalidInputError, match=r"regolo_rerank\[local\].*scorer"):
         embedded_scores(QUERY, DOCUMENTS)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from regolo_rerank import RegoloClient, RegoloError
+from tests.support.inside import loops_of
 from tests.support.stub import pairs
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1_200)]
@@ -122,13 +123,13 @@ def test_20000_async_calls_lose_nothing(url: str) -> None:
             for _ in range(64):
                 tasks.create_task(work(client))
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert len(client._pools._loops) == 1
+        assert len(loops_of(client)) == 1
 
     files, threads, started = open_files(), threading.active_count(), time.monotonic()
     client = RegoloClient(base_url=url, max_retries=6)
     asyncio.run(main(client))
     tally.report(started, calls)
-    assert not client._pools._loops
+    assert not loops_of(client)
     assert (open_files(), threading.active_count()) == (files, threads)
 
 

@@ -1,4 +1,5 @@
 import ast
+import doctest
 import inspect
 import re
 import textwrap
@@ -10,8 +11,18 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from regolo_rerank import RegoloError
-from regolo_rerank._adapters.base import AdapterOptions
-from tests.support.public import CLASSES, PUBLIC, descriptions_of, fields_of, is_ours, methods_of, parameters_of
+from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from regolo_rerank.plot import rank_changes
+from tests.support.public import (
+    CLASSES,
+    OPTIONS,
+    PUBLIC,
+    descriptions_of,
+    fields_of,
+    is_ours,
+    methods_of,
+    parameters_of,
+)
 
 Kind = griffe.DocstringSectionKind
 
@@ -76,8 +87,17 @@ def test_a_class_tells_of_what_it_holds(cls: type) -> None:
 
 def test_a_number_has_a_unit() -> None:
     """The description of each option that is a number says of what."""
-    fields = AdapterOptions.model_fields
-    numbers = [name for name, field in fields.items() if re.search(r"\b(int|float)\b", str(field.annotation))]
+    numbers = [name for name, field in OPTIONS.items() if re.search(r"\b(int|float)\b", str(field.annotation))]
     assert len(numbers) >= 9
-    descriptions = descriptions_of(AdapterOptions)
+    descriptions = descriptions_of(LangChainRerank)
     assert [name for name in numbers if not any(unit in descriptions[name].lower() for unit in UNITS)] == []
+
+
+@pytest.mark.parametrize("thing", [*CLASSES, rank_changes])
+def test_examples_are_true(thing: Any) -> None:
+    """Each example gives what it says, in a section that the API page shows as code."""
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(thing, thing.__name__):
+        assert bool(test.examples) == bool(re.search("^ *Examples:$", test.docstring or "", re.MULTILINE)), test.name
+        runner.run(test)
+    assert not runner.summarize(verbose=False).failed

@@ -8,11 +8,11 @@ from pathlib import Path
 import matplotlib.font_manager  # noqa: F401 - lists the fonts now, as a kernel may warn when it has to
 import nbformat
 import pytest
-from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from tests.conftest import KEY
+from tests.support.notebooks import fresh_kernels
 from tests.support.stub import Stub
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -32,10 +32,7 @@ Run = Callable[[Path], NotebookNode]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a notebook in a copy of its folder and a fresh kernel of this interpreter, without settings or network."""
-    write_kernel_spec(tmp_path / "kernels" / "python3")
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+    fresh_kernels(tmp_path, monkeypatch)
     for name in ("HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 

@@ -1,11 +1,17 @@
+import importlib
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
+from email.parser import BytesParser
+from email.policy import default
 from pathlib import Path
 
 import pytest
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
 import regolo_rerank
 
@@ -62,6 +68,30 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_the_wheel_says_what_indexes_show(wheel: Path) -> None:
+    """Authors, keywords, addresses and a page whose links all work where there is no repository beside it."""
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = BytesParser(policy=default).parsebytes(archive.read(path))
+    assert metadata["Author"] in (ROOT / "LICENSE").read_text("utf-8")
+    assert {"langchain", "llama-index", "reranker"} <= set(metadata["Keywords"].split(","))
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert addresses.keys() == {"Rerank API", "Rerankers in LangChain", "Rerankers in LlamaIndex"}
+    page = metadata.get_payload()
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert [link for link in [*links, *addresses.values()] if not link.startswith("https://")] == []
+    assert links
+    assert page.count("\n") == (ROOT / "README.md").read_text("utf-8").count("\n")
+
+
+def test_llama_hub_finds_the_class() -> None:
+    """What LlamaHub is told to import is there, and is what it takes for a node postprocessor."""
+    hub = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["llamahub"]
+    module = importlib.import_module(hub["import_path"])
+    assert hub["class_authors"].keys() == {"RegoloRerank"}
+    assert issubclass(module.RegoloRerank, BaseNodePostprocessor)
+
+
 def test_the_wheel_works_without_extras(wheel: Path, tmp_path: Path) -> None:
     """In a clean environment the client works, and each adapter says which extra to install."""
     venv.create(tmp_path / "venv", with_pip=True)
@@ -76,10 +106,9 @@ def test_importing_the_package_loads_nothing_else() -> None:
     """`import regolo_rerank` loads neither a framework, nor httpx, nor pydantic."""
     code = "import sys; before = set(sys.modules); import regolo_rerank; print(*sorted(set(sys.modules) - before))"
     loaded = run(sys.executable, "-I", "-c", code).split()
-    assert not [
-        name for name in loaded if name.partition(".")[0] in {"httpx", "pydantic", "langchain_core", "tenacity"}
-    ]
-    assert [name for name in loaded if name.startswith("regolo_rerank")] == ["regolo_rerank"]
+    assert not [name for name in loaded if name.partition(".")[0] in {"httpx", "pydantic", "langchain_core"}]
+    ours = [name for name in loaded if name.startswith("regolo_rerank")]
+    assert ours == ["regolo_rerank", "regolo_rerank._version"]
 
 
 def test_public_names_are_loaded_when_they_are_used() -> None:

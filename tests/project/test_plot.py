@@ -1,4 +1,3 @@
-import asyncio
 import io
 import random
 import subprocess
@@ -28,6 +27,8 @@ from regolo_rerank import (
 )
 from regolo_rerank.plot import rank_changes
 from tests.conftest import KEY, Rank
+from tests.support.inside import limit_pictures_to, write_labels
+from tests.support.modes import Call
 from tests.support.stub import Stub
 
 TEXTS = ["a score=0.1", "b score=0.9", "a score=0.1", "c score=0.5", "b score=0.9", "d score=0.3", "a score=0.1"]
@@ -118,7 +119,7 @@ def test_no_score_is_invented() -> None:
 
 @pytest.mark.parametrize("top_n", [None, 4])
 def test_both_frameworks_and_the_client_give_the_same_picture(
-    top_n: int | None, stub: Stub, client: RegoloClient, mode: str, rank: Rank
+    top_n: int | None, stub: Stub, client: RegoloClient, call: Call, rank: Rank
 ) -> None:
     """Copies that the adapters return are found again, among equal texts too, with their scores."""
     response = rank(client, "q", TEXTS, top_n=top_n)
@@ -126,12 +127,8 @@ def test_both_frameworks_and_the_client_give_the_same_picture(
     nodes = [NodeWithScore(node=TextNode(text=text), score=0.7) for text in TEXTS]
     by_langchain = langchain.RegoloRerank(api_key=KEY, base_url=stub.url, top_n=top_n)
     by_llama_index = llama_index.RegoloRerank(api_key=KEY, base_url=stub.url, top_n=top_n)
-    if mode == "sync":
-        ranked = by_langchain.compress_documents(documents, "q")
-        ranked_nodes = by_llama_index.postprocess_nodes(nodes, query_str="q")
-    else:
-        ranked = asyncio.run(by_langchain.acompress_documents(documents, "q"))
-        ranked_nodes = asyncio.run(by_llama_index.apostprocess_nodes(nodes, query_str="q"))
+    ranked = call(by_langchain.compress_documents, documents, "q")
+    ranked_nodes = call(by_llama_index.postprocess_nodes, nodes, query_str="q")
     figures = [
         rank_changes(TEXTS, response),
         rank_changes(TEXTS, response.results),
@@ -279,7 +276,7 @@ def test_no_text_is_a_formula() -> None:
     """Dollars and backslashes are what they are, even where the style has TeX write all text."""
     axes = Figure().add_subplot()
     with rc_context({"text.usetex": True}):
-        plot._label(axes, HARD[:2], 9.0)
+        write_labels(axes, HARD[:2], 9.0)
     assert [label.get_text() for label in axes.get_yticklabels()] == HARD[:2]
     assert not any(label.get_usetex() or label.get_parse_math() for label in axes.get_yticklabels())
 
@@ -305,7 +302,7 @@ def test_another_font_writes_what_the_styles_font_cannot(
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts("STIXGeneral") + others)
     figure = Figure()
     with rc_context({"font.family": ["STIXGeneral"]}):
-        plot._label(figure.add_subplot(), [f"{LETTER} and latin"], 9.0)
+        write_labels(figure.add_subplot(), [f"{LETTER} and latin"], 9.0)
     (label,) = figure.axes[0].get_yticklabels()
     assert label.get_fontfamily()[0] == "STIXGeneral"
     assert label.get_text() == f"{written} and latin"
@@ -330,7 +327,7 @@ def test_labels_never_squeeze_the_chart_or_leave_the_picture(texts: list[str]) -
 @pytest.mark.parametrize(("tallest", "size"), [(1.0, 4.3), (0.1, 2.0)])
 def test_a_picture_of_very_many_has_an_end(tallest: float, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tallest picture holds no more candidates, rows and letters are smaller, but never too small to draw."""
-    monkeypatch.setattr(plot, "_TALLEST", tallest)
+    limit_pictures_to(tallest, monkeypatch)
     figure = picture_of([f"candidate {number}" for number in range(10)], 3)
     assert figure.get_figheight() < tallest + 1
     assert [label.get_fontsize() for label in labels(figure)[0]] == pytest.approx([size] * 10, abs=0.1)

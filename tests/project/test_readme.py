@@ -2,9 +2,9 @@ import re
 import sys
 from pathlib import Path
 
-from regolo_rerank._adapters.base import AdapterOptions
-from regolo_rerank.client import RegoloClient
+from regolo_rerank import RegoloClient
 from regolo_rerank.evaluation import evaluate, example_queries
+from tests.support.public import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,13 +14,12 @@ def test_the_table_lists_every_option_with_its_default() -> None:
     """The options table names each option once, with the default that the code has."""
     rows = dict(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", README, re.MULTILINE))
     listed = {name.strip("`"): default for names, default in rows.items() for name in names.split(", ")}
-    fields = AdapterOptions.model_fields
-    assert listed.keys() == fields.keys()
+    assert listed.keys() == OPTIONS.keys()
     assert listed.pop("top_n") == "adapters `5`, client `None`"
-    assert (fields["top_n"].default, RegoloClient.model_fields["top_n"].default) == (5, None)
+    assert (OPTIONS["top_n"].default, RegoloClient.model_fields["top_n"].default) == (5, None)
     assert listed.pop("instruction") == "a web search task"
     for name, default in listed.items():
-        assert eval(default.strip("`")) == fields[name].default, name  # noqa: S307 - our own text
+        assert eval(default.strip("`")) == OPTIONS[name].default, name  # noqa: S307 - our own text
 
 
 def test_it_is_short_and_opens_with_the_two_commands() -> None:

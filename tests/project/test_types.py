@@ -8,7 +8,6 @@ import pytest
 from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
 from tests.support import typed_user_code
 from tests.support.corpus import QUERY, TEXTS, Everything, index
 
@@ -48,7 +47,7 @@ MISTAKES = {
 
 def test_the_file_of_user_code_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code whose types are checked does what it says, in both modes: it finds the text that answers the query."""
-    monkeypatch.setenv(BASE_URL_VARIABLE, "local://")
+    monkeypatch.setenv("REGOLO_BASE_URL", "local://")
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
     if mode == "sync":
         responses = [typed_user_code.with_the_client(TEXTS), *typed_user_code.with_many_queries(PAIRS)]

@@ -1,4 +1,4 @@
-"""Every entry point of the package in both modes, called alike."""
+"""Every entry point of the package, called alike in both modes; the fixture `entry` has them all."""
 
 import asyncio
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ KINDS: dict[str, type[Reranker]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry point to a server, called in one mode: sync, async, or aiohttp, which is async over that transport."""
+    """One entry point to a server, called in one mode, sync or async."""
 
     kind: type[Reranker]
     mode: str
@@ -34,9 +34,7 @@ class Entry:
 
     def opened(self, **options: Any) -> Reranker:
         """Return the entry point's object; all results are kept unless `top_n` says otherwise."""
-        transport = "aiohttp" if self.mode == "aiohttp" else "httpx"
-        settings = {"api_key": KEY, "base_url": self.url, "top_n": None, "async_transport": transport}
-        return self.kind(**{**settings, **options})
+        return self.kind(**{"api_key": KEY, "base_url": self.url, "top_n": None, **options})
 
     def rank(self, reranker: Reranker, texts: Sequence[str], query: str = "q") -> Pairs:
         """Rank texts with an object that is open."""

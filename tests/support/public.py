@@ -62,5 +62,12 @@ PUBLIC: list[type] = [
     *(each for each in vars(evaluation).values() if isinstance(each, type) and each.__name__ in evaluation.__all__),
 ]
 
+OPTIONS = {
+    name: field
+    for name, field in langchain.RegoloRerank.model_fields.items()
+    if name in llama_index.RegoloRerank.model_fields
+}
+"""The options that both adapters have, and all but `on_error` the client too."""
+
 CLASSES: list[type] = list(dict.fromkeys(base for cls in PUBLIC for base in cls.__mro__ if is_ours(base)))
 """The public classes, and those that they inherit from."""

@@ -5,7 +5,6 @@ import multiprocessing
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -15,15 +14,21 @@ from typing import Any
 
 import pytest
 
-from regolo_rerank import APIResponseError, APITimeoutError, RegoloClient
-from regolo_rerank._core import calls as calls_module
-from regolo_rerank._transports import pools
-from regolo_rerank._transports.aiohttp_transport import AiohttpTransport
+from regolo_rerank import APIResponseError, APITimeoutError, RegoloClient, RerankResponse
 from tests.conftest import KEY, Rank
 from tests.support.entries import Entry, aranked
 from tests.support.faults import FaultServer, endless
+from tests.support.inside import (
+    allow_replies_of,
+    close_pool_of,
+    connections_of,
+    http_settings_of,
+    loops_of,
+    pools_of,
+    workers,
+)
 from tests.support.observed import sockets, soon
-from tests.support.stub import Reply, Stub, pairs, scored
+from tests.support.stub import Reply, Stub, pairs, scored, texts, together
 
 EXPECTED = [(1, 0.9), (0, 0.1)]
 DOCUMENTS = ["a score=0.1", "b score=0.9"]
@@ -40,7 +45,7 @@ def test_a_client_works_in_one_event_loop_after_another(client: RegoloClient, st
     before = sockets()
     for _ in range(runs):
         assert asyncio.run(ranked(client)) == EXPECTED
-        assert not client._pools._loops
+        assert len(loops_of(client)) <= 1  # the last one, until there is another
     gc.collect()
     assert soon(lambda: sockets() <= before)  # the stub closes its side a moment later
     assert stub.connections == runs
@@ -50,11 +55,10 @@ def test_a_loop_that_was_closed_without_its_generators_is_forgotten(client: Rego
     """A loop whose owner skipped shutdown_asyncgens does not stay for ever."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(ranked(client))
-    (line,) = client._pools._loops[loop].pools["plain", "httpx"].lines
-    loop.run_until_complete(line.client.aclose())
+    loop.run_until_complete(close_pool_of(client, loop))
     loop.close()
     asyncio.run(ranked(client))
-    assert loop not in client._pools._loops
+    assert loop not in loops_of(client)
 
 
 def test_two_loops_in_two_threads_at_once(client: RegoloClient) -> None:
@@ -161,8 +165,8 @@ def test_a_deep_copy_has_connections_of_its_own(client: RegoloClient) -> None:
     client.rerank("q", DOCUMENTS)
     with copy.deepcopy(client) as copied:
         copied.rerank("q", DOCUMENTS)
-        assert copied._pools is not client._pools
-    assert client._pools._pools
+        assert connections_of(copied) is not connections_of(client)
+    assert pools_of(client)
 
 
 def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
@@ -171,9 +175,9 @@ def test_sync_threads_are_daemons_in_the_callers_context(stub: Stub) -> None:
     client = RegoloClient(KEY, base_url=stub.url, batch_size=1, timeout=0.1, max_retries=0)
     with pytest.raises(APITimeoutError):
         client.rerank("q", DOCUMENTS)
-    workers = [thread for thread in threading.enumerate() if thread.name == "regolo_rerank"]
-    assert all(thread.daemon for thread in workers)
-    for thread in workers:
+    threads = workers()
+    assert all(thread.daemon for thread in threads)
+    for thread in threads:
         thread.join(2)
     client.close()
 
@@ -222,18 +226,17 @@ def test_a_notebooks_nested_loop(stub: Stub) -> None:
     assert (done.stdout, done.stderr) == ("[1, 1, 1] [1, 1, 1]\n", "")
 
 
-@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
-def test_no_cookie_is_kept(stub: Stub, kind: str) -> None:
+def test_no_cookie_is_kept(mode: str, stub: Stub) -> None:
     """What a gateway sets is not sent back: requests share nothing but the connection."""
     stub.reply = lambda request: Reply(scored(request).body, headers={"set-cookie": "who=me; Path=/"})
-    entry = Entry(RegoloClient, kind, stub.url.replace("127.0.0.1", "localhost"))  # some jars leave addresses out
+    entry = Entry(RegoloClient, mode, stub.url.replace("127.0.0.1", "localhost"))  # some jars leave addresses out
 
     async def twice(client: Any) -> None:
         for _ in range(2):
             await aranked(client, DOCUMENTS)
 
     with entry.opened() as client:
-        if kind == "sync":
+        if mode == "sync":
             entry.rank(client, DOCUMENTS)
             entry.rank(client, DOCUMENTS)
         else:
@@ -242,29 +245,25 @@ def test_no_cookie_is_kept(stub: Stub, kind: str) -> None:
     assert [request.headers.get("cookie") for request in stub.received] == [None, None]
 
 
-@pytest.mark.parametrize(("calls", "lines"), [(1, 1), (8, 1), (9, 2), (20, 3), (150, 16)])
-def test_a_pool_has_as_many_lines_as_its_calls_need(stub: Stub, calls: int, lines: int) -> None:
-    """Eight requests share a line, and there are sixteen at most; what comes later uses the first again."""
-    stub.reply = lambda request: Reply(scored(request).body, delay=0.3)
+def test_200_calls_at_once_wait_together(client: RegoloClient, stub: Stub) -> None:
+    """No limit of the transport's own makes one call wait for another, and what comes later opens no connection."""
+    stub.reply = together(200)
 
-    async def together(client: RegoloClient) -> list[int]:
-        await asyncio.gather(*(ranked(client) for _ in range(calls)))
-        (pools,) = client._pools._loops.values()
-        (pool,) = pools.pools.values()
-        opened = len(pool.lines)
-        await ranked(client)
-        return [opened, len(pool.lines), sum(line.users for line in pool.lines)]
+    async def many() -> int:
+        assert await asyncio.gather(*(ranked(client) for _ in range(200))) == [EXPECTED] * 200
+        opened = stub.connections
+        stub.reply = scored
+        assert await ranked(client) == EXPECTED
+        return stub.connections - opened
 
-    with RegoloClient(KEY, base_url=stub.url) as client:
-        assert asyncio.run(together(client)) == [lines, lines, 0]
+    assert asyncio.run(many()) == 0
 
 
-@pytest.mark.parametrize("kind", ["sync", "async", "aiohttp"])
 def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
-    monkeypatch: pytest.MonkeyPatch, kind: str
+    mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a reply is refused half-way, its connection is closed at once, and not with the client."""
-    monkeypatch.setattr(calls_module, "MAX_REPLY_BYTES", 1_000)
+    allow_replies_of(1_000, monkeypatch)
 
     async def refused(client: Any) -> int:
         with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
@@ -273,10 +272,10 @@ def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
         return sockets()
 
     with FaultServer(usual=endless) as server:
-        entry = Entry(RegoloClient, kind, server.url)
+        entry = Entry(RegoloClient, mode, server.url)
         with entry.opened(max_retries=0) as client:
             before = sockets()
-            if kind == "sync":
+            if mode == "sync":
                 with pytest.raises(APIResponseError, match="larger than 1000 bytes"):
                     entry.rank(client, DOCUMENTS)
                 time.sleep(0.05)
@@ -285,29 +284,72 @@ def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
                 assert asyncio.run(refused(client)) <= before + 2  # the loop's own pair
 
 
-@pytest.mark.parametrize("transport", ["sync", "httpx", "aiohttp"])
 @pytest.mark.parametrize("host", ["https://127.0.0.1", "https://api.regolo.ai"])
-def test_https_verifies_certificates(host: str, transport: Any) -> None:
+def test_https_verifies_certificates(mode: str, host: str) -> None:
     """Whoever holds the connection, https goes by the shared context, and idle connections are kept for a minute."""
-
-    def told(used: Any) -> tuple[Any, float]:
-        if isinstance(used, AiohttpTransport):
-            connector: Any = used._session.connector
-            return connector._ssl, connector._keepalive_timeout
-        return used._pool._ssl_context, used._pool._keepalive_expiry
-
-    async def opened(client: RegoloClient) -> tuple[Any, float]:
-        async with client._pools.async_pool(client.endpoint(), transport) as line:
-            with line() as taken:
-                return told(taken.client._transport)
-
     client = RegoloClient(KEY, base_url=host)
-    if transport == "sync":
-        with client._pools.pool(client.endpoint()) as line, line() as taken:
-            context, kept = told(taken.client._transport)
-    else:
-        context, kept = asyncio.run(opened(client))
-    assert context is pools._ssl_context()
+    context, kept = http_settings_of(client, mode)
+    assert context is http_settings_of(RegoloClient(KEY, base_url=host), mode)[0]
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     assert context.get_ca_certs()
     assert kept == 60
+
+
+def test_connections_are_kept_across_calls(mode: str, client: RegoloClient, stub: Stub) -> None:
+    """Calls in a row share one connection, and a closed client opens a new one."""
+
+    async def twice() -> None:
+        await client.arerank("q", ["a"])
+        await client.arerank("q", ["a"])
+        await client.aclose()
+        await client.arerank("q", ["a"])
+
+    if mode == "async":
+        asyncio.run(twice())
+    else:
+        client.rerank("q", ["a"])
+        client.rerank("q", ["a"])
+        client.close()
+        client.rerank("q", ["a"])
+    assert stub.connections == 2
+
+
+def test_sync_calls_work_inside_a_running_loop(stub: Stub) -> None:
+    """A sync call starts no event loop, so it works where one is running, as in a notebook."""
+
+    async def inside() -> RerankResponse:
+        with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+            return client.rerank("q", texts(3))
+
+    assert len(asyncio.run(inside()).results) == 3
+
+
+def test_the_client_is_an_async_context_manager(stub: Stub) -> None:
+    """Leaving the block closes the loop's connections."""
+
+    async def inside() -> int:
+        async with RegoloClient(KEY, base_url=stub.url) as client:
+            await client.arerank("q", ["a"])
+            client.rerank("q", ["a"])
+        return pools_of(client)
+
+    assert asyncio.run(inside()) == 0
+
+
+def test_closing_waits_for_async_calls_under_way(stub: Stub) -> None:
+    """A call that is under way when its client is closed comes to its end; later ones share one new pool."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.2)
+
+    async def main() -> list[RerankResponse]:
+        client = RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=1, max_retries=0)
+        call = asyncio.create_task(client.arerank("q", texts(2)))
+        await asyncio.sleep(0.1)
+        await client.aclose()
+        later = await client.arerank("q", texts(1))
+        first = await call
+        last = await client.arerank("q", texts(1))
+        await client.aclose()
+        return [first, later, last]
+
+    assert [len(response.results) for response in asyncio.run(main())] == [2, 1, 1]
+    assert stub.connections == 2

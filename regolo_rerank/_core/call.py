@@ -1,0 +1,124 @@
+"""One call: a query and its documents, from the plan to the ranking. Nothing here waits or sends."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+import httpx
+
+from regolo_rerank._core.batching import Plan
+from regolo_rerank._core.cache import ScoreCache, name_scorer
+from regolo_rerank._core.config import RequestConfig
+from regolo_rerank._core.inputs import check_documents, check_query
+from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
+from regolo_rerank._wire.source import read_source, refuse_substitute
+from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
+from regolo_rerank.results import RerankResponse
+
+__all__ = ["Call", "Event"]
+
+Event = TypeVar("Event", threading.Event, asyncio.Event)
+
+_log = logging.getLogger("regolo_rerank")
+
+
+class Call(Generic[Event]):
+    """One query and its documents. It belongs to the caller's thread or task; workers only `accept` and `fail`.
+
+    Args:
+        config: What its requests have in common.
+        query: The query, unchecked.
+        documents: The documents, unchecked.
+        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
+
+    Attributes:
+        plan: Its batches, and what was learnt of them.
+
+    Raises:
+        InvalidInputError: Query or documents are wrong, or the key would travel in the clear.
+        MissingAPIKeyError: Something has to be sent, the endpoint demands a key, and there is none.
+    """
+
+    def __init__(self, config: RequestConfig, query: str, documents: Iterable[str], done: Event) -> None:
+        self.config = config
+        self.done: Event = done
+        self.plan = Plan(
+            check_query(query), check_documents(documents, str), config.options, config.prompt_format, config.fields
+        )
+        self._cache = _open_cache(config, self.plan.query)
+        self._failure: BaseException | None = None
+        self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
+        if self.plan.batches:
+            config.require_key()
+        else:
+            done.set()
+
+    def accept(self, batch: range, response: httpx.Response, body: bytes | bytearray, sent: int) -> None:
+        """Take in the complete reply to a batch's request, its `sent`-th.
+
+        Raises:
+            APIStatusError: The server said no.
+            APIResponseError: The reply cannot be trusted.
+        """
+        url, key = self.config.endpoint.url, self.config.key
+        request_id = request_id_of(response.headers, key)
+        _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
+        if not response.is_success:
+            error = read_error(response.status_code, body, response.headers, key)
+            if isinstance(error, NotFoundError):
+                error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
+            if isinstance(error, BadRequestError) and "context length" in str(error):
+                error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
+            raise error
+        reply = read_reply(body, response.headers, key)
+        source = read_source(response.headers, reply, key)
+        if not self.config.options.allow_substitutes:
+            refuse_substitute(self.config.options.model, source)
+        self.plan.accept(batch, reply, source, sent)
+        if self.plan.is_complete:
+            self.done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with the first final failure; what has not started never starts."""
+        if not self.done.is_set():
+            if isinstance(error, RegoloError):
+                # Its frames hold all documents, what it was made from may hold the key: neither tells the caller more.
+                error.__context__ = error.__traceback__ = None
+            self._failure = error
+            self.done.set()
+
+    def close(self) -> None:
+        """End the call, ranked or not, in the caller's thread; what it has learnt is kept in the cache."""
+        self.done.set()
+        if self._cache is not None:
+            self._cache.write(self.plan.new_scores)
+            self._cache = None
+
+    def result(self) -> RerankResponse:
+        """Return the ranking of a call that is done, or raise what ended it."""
+        if self._failure is None:
+            return self.plan.merge()
+        failure, self._failure = self._failure, None
+        try:
+            raise failure
+        finally:
+            del failure  # a frame that holds its own error is freed late
+
+
+def _open_cache(config: RequestConfig, query: str) -> ScoreCache | None:
+    """Return the caller's cache for a query string, where there is one."""
+    options = config.options
+    if options.cache is None:
+        return None
+    return ScoreCache(
+        options.cache,
+        str(config.endpoint.url),
+        options.model,
+        sorted((name, value) for name, value in config.fields.items() if name != "disable_fallbacks"),
+        name_scorer(options.scorer),
+        config.prompt_format.document,
+        config.prompt_format.escape,
+        query,
+    )

@@ -1,0 +1,96 @@
+"""What all requests of a call have in common."""
+
+from collections.abc import Generator
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+
+from regolo_rerank._core.retry import RateLimitHold
+from regolo_rerank._transports.local import SCORER_EXTENSION
+from regolo_rerank._wire.messages import new_name
+from regolo_rerank.options import Options
+
+__all__ = ["RequestConfig"]
+
+_WAITS = ("connect", "read", "write", "pool")
+"""What httpx has a timeout for."""
+
+
+class _BearerAuth(httpx.Auth):
+    """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
+
+    def __init__(self, key: SecretStr) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
+        request.headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+        yield request
+
+
+class RequestConfig:
+    """The options of a call as they are now, and where and how its requests are sent.
+
+    Args:
+        options: The call's own options.
+        user_agent: What requests call themselves.
+        hold: The wait after a 429.
+        callers_client: The http client that the caller has passed.
+
+    Attributes:
+        key: The key that requests carry, once `require_key` has found it.
+        fields: What requests say besides model, query, documents and top_n.
+        timeout: Seconds for one attempt; None leaves that to the caller's client, or to a scorer on this machine.
+        send_options: Arguments of the client's `send`.
+
+    Raises:
+        InvalidInputError: Options contradict each other.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        user_agent: str,
+        hold: RateLimitHold,
+        callers_client: httpx.Client | httpx.AsyncClient | None,
+    ) -> None:
+        self.options = options
+        self.hold = hold
+        self.callers_client = callers_client
+        self.endpoint = options.endpoint()
+        self.prompt_format = options.format_for(self.endpoint)
+        self.fields = options.fields_for(self.endpoint)
+        self.key: SecretStr | None = None
+        self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
+        self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}
+        own = {name.lower(): value for name, value in (options.default_headers or {}).items()}
+        self._headers = {
+            "accept": "application/json",
+            "accept-encoding": "gzip",
+            "content-type": "application/json",
+            "user-agent": user_agent,
+            **own,
+        }
+        self._extensions: dict[str, Any] = {}
+        if callers_client is None:
+            self._extensions["timeout"] = dict.fromkeys(_WAITS, self.timeout)
+        if options.scorer is not None:
+            self._extensions[SCORER_EXTENSION] = options.scorer
+
+    def require_key(self) -> None:
+        """Find the key, before the first request is sent.
+
+        Raises:
+            MissingAPIKeyError: The endpoint demands a key, and there is none.
+            InvalidInputError: The key is malformed, or would travel in the clear.
+        """
+        self.key = self.options.key_for(self.endpoint)
+        if self.key is not None:
+            self.send_options["auth"] = _BearerAuth(self.key)
+
+    def request(self, content: bytes) -> httpx.Request:
+        """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
+        build = httpx.Request if self.callers_client is None else self.callers_client.build_request
+        headers = new_name() | self._headers
+        # Tools that watch httpx write into headers and extensions.
+        return build("POST", self.endpoint.url, content=content, headers=headers, extensions=dict(self._extensions))

@@ -1,0 +1,166 @@
+"""Async calls: does what a batch's flow says, in tasks of the running event loop, and waits for calls."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Self
+
+import httpx
+
+from regolo_rerank._core.call import Call
+from regolo_rerank._core.queue import Job, WorkQueue
+from regolo_rerank._core.request import Reply, Sleep, rank_batch
+from regolo_rerank._wire.body import READ, ReplyBody
+
+__all__ = ["FinishInOrder", "finish"]
+
+
+async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
+    """Send all batches of one call: in the caller's task where it has one, else in several."""
+    queue: WorkQueue[asyncio.Event] = WorkQueue(min(call.config.options.max_concurrency, len(call.plan.batches)))
+    queue.put(call)
+    tasks = _Tasks(queue, client)
+    try:
+        await tasks.wait_for(call)
+    finally:
+        await tasks.stop()
+
+
+class FinishInOrder:
+    """Gives calls in their order, each when it is done; what could not become a call is passed through.
+
+    One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
+    would close it beside the one that goes through it.
+
+    Args:
+        calls: The calls.
+        max_workers: Requests in flight at most, over all calls.
+        client: Sends them.
+    """
+
+    def __init__(
+        self, calls: AsyncGenerator[Call[asyncio.Event] | Exception], max_workers: int, client: httpx.AsyncClient
+    ) -> None:
+        self._calls = calls
+        self._queue: WorkQueue[asyncio.Event] = WorkQueue(max_workers)
+        self._tasks = _Tasks(self._queue, client)
+        self._pending: deque[Call[asyncio.Event] | Exception] = deque()
+        self._room = asyncio.Semaphore(self._queue.read_ahead)
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._tasks.progress.set())
+
+    async def _read(self) -> None:
+        async with aclosing(self._calls) as calls:
+            await self._room.acquire()
+            async for call in calls:
+                self._pending.append(call)
+                if isinstance(call, Call):
+                    self._queue.put(call)
+                    self._tasks.start()
+                self._tasks.progress.set()
+                await self._room.acquire()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Call[asyncio.Event] | Exception:
+        while not self._pending:
+            if self._reader.done():
+                self._reader.result()
+                raise StopAsyncIteration
+            await self._tasks.wait_for_progress()
+        if isinstance(first := self._pending[0], Call):
+            await self._tasks.wait_for(first)
+        self._room.release()
+        return self._pending.popleft()
+
+    async def aclose(self) -> None:
+        """Give up what is under way."""
+        for call in self._pending:
+            if isinstance(call, Call):
+                call.close()
+        self._reader.cancel()
+        await self._tasks.stop()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+
+class _Tasks:
+    """The tasks that send a queue's batches; the caller's own where there may be only one."""
+
+    def __init__(self, queue: WorkQueue[asyncio.Event], client: httpx.AsyncClient) -> None:
+        self.progress = asyncio.Event()
+        self._queue = queue
+        self._client = client
+        self._workers: set[asyncio.Task[None]] = set()
+
+    async def wait_for(self, call: Call[asyncio.Event]) -> None:
+        """Wait until a call is done."""
+        if self._queue.max_workers == 1 and self._queue.add_workers():
+            await self._work()
+        while not call.done.is_set():
+            self.start()
+            await self.wait_for_progress()
+
+    async def wait_for_progress(self) -> None:
+        """Wait until a batch is ranked or has failed, or a call was read."""
+        await self.progress.wait()
+        self.progress.clear()
+
+    def start(self) -> None:
+        """Start as many workers as there is room and work for."""
+        for _ in range(self._queue.add_workers()):
+            self._workers.add(worker := asyncio.create_task(self._work()))
+            worker.add_done_callback(self._workers.discard)
+
+    async def stop(self) -> None:
+        """Cancel all workers, and wait for their end."""
+        workers = list(self._workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                await self._rank(job)
+            except Exception as error:  # noqa: BLE001 - raised in the caller's task
+                job.call.fail(error)
+            except BaseException as error:
+                self._queue.leave()  # somebody has cancelled this worker, and its batch is unranked
+                job.call.fail(error)
+                self.progress.set()
+                raise
+            self.progress.set()
+
+    async def _rank(self, job: Job[asyncio.Event]) -> None:
+        flow = rank_batch(job, self._queue)
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    reply = await self._perform(step, job.call)
+                except Exception as error:  # noqa: BLE001 - the flow knows what it means
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(reply)
+        except StopIteration:
+            return
+
+    async def _perform(self, step: httpx.Request | Sleep, call: Call[asyncio.Event]) -> Reply | None:
+        if isinstance(step, Sleep):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(step.seconds):
+                    await call.done.wait()
+            return None
+        async with asyncio.timeout(call.config.timeout):
+            response = await self._client.send(step, **call.config.send_options)
+            try:
+                body = ReplyBody(response, deadline=None)
+                if not body.is_complete:
+                    async for chunk in response.aiter_raw():
+                        body.add(chunk)
+            finally:
+                await response.aclose()
+            response.stream = READ
+        return Reply(response, body.content)

@@ -1,0 +1,182 @@
+"""The httpx clients behind a reranker: opened at the first call, kept for later ones, and never in anybody's way.
+
+One client serves all sync calls to an endpoint. Async calls have one an event loop, because a connection that was
+opened in one loop fails in another. There is no lock, which a forked process could inherit locked.
+"""
+
+import asyncio
+import functools
+import os
+import ssl
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from typing import Any, Self, TypeVar
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from regolo_rerank._transports.local import EmbeddedTransport
+from regolo_rerank._transports.spread import AsyncSpreadTransport, SpreadTransport
+from regolo_rerank._wire.endpoint import Endpoint, check_host
+from regolo_rerank.errors import APIConnectionError
+
+__all__ = ["Clients"]
+
+T = TypeVar("T")
+
+
+class Clients:
+    """The httpx clients of one reranker; a copy of it opens its own, and so does a forked process."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[int, Endpoint], httpx.Client] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, dict[Endpoint, LoopClient]] = {}
+        # In a cycle that nobody refers to, a guard would end beside what it guards, and not before it.
+        weakref.finalize(self, self._loops.clear).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def client(self, endpoint: Endpoint) -> httpx.Client:
+        """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more.
+
+        Raises:
+            APIConnectionError: The environment's proxies or certificates cannot be used.
+        """
+        key = os.getpid(), endpoint
+        # Of two threads that open one at the same time, both get the first.
+        return self._clients.get(key) or self._clients.setdefault(key, _open_client(endpoint))
+
+    def loop_client(self, endpoint: Endpoint) -> "LoopClient":
+        """Return the running event loop's client for async calls to an endpoint.
+
+        Raises:
+            APIConnectionError: The environment's proxies or certificates cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            for other in list(self._loops):
+                if other.is_closed():
+                    self._loops.pop(other, None)
+        clients = self._loops.setdefault(loop, {})
+        if endpoint not in clients or clients[endpoint].is_closed:
+            clients[endpoint] = LoopClient(endpoint)
+        return clients[endpoint]
+
+    def close(self) -> None:
+        """Close the connections of sync calls, once the calls under way in other threads have ended."""
+        self._clients.clear()
+
+    async def aclose(self) -> None:
+        """Close those of sync calls, and of async calls in the running event loop, once the calls there have ended."""
+        self.close()
+        for client in self._loops.pop(asyncio.get_running_loop(), {}).values():
+            await client.aclose()
+
+
+class LoopClient:
+    """The client of one event loop; whoever sends over it enters it, and it closes when nobody is inside any more.
+
+    An async generator guards it: it is started in the loop, so asyncio runs its `finally` when the loop shuts down, or
+    when nobody holds it any more. The context manager itself is none, which asyncio would end beside the call's own.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._client = _open_async_client(endpoint)
+        self._guard = _close_with_loop(self._client)
+        self._guarded = False
+        self._users = 0
+        self._closing = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its event loop has shut down, or it was closed."""
+        return self._client.is_closed
+
+    async def __aenter__(self) -> httpx.AsyncClient:
+        self._users += 1
+        if not self._guarded:
+            self._guarded = True
+            await anext(self._guard)
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._closing:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections, once the calls under way have ended."""
+        self._closing = True
+        if not self._users:
+            await self._guard.aclose()
+
+
+async def _close_with_loop(client: httpx.AsyncClient) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # a loop that was left open, as nest_asyncio's is, is gone when Python ends
+            asyncio.get_running_loop()
+            await client.aclose()
+
+
+class _NoCookies(httpx.Cookies):
+    def extract_cookies(self, response: httpx.Response) -> None:
+        """Keep nothing: to look for cookies takes a twelfth of a call."""
+
+
+class _Client(httpx.Client):
+    cookies = _NoCookies()  # type: ignore[override]  # a property there, which nobody sets here
+
+
+class _AsyncClient(httpx.AsyncClient):
+    cookies = _NoCookies()  # type: ignore[override]  # the same
+
+
+def _open_client(endpoint: Endpoint) -> httpx.Client:
+    transport = EmbeddedTransport() if endpoint.embedded else _open(SpreadTransport, endpoint)
+    client = _Client(transport=transport, trust_env=False)
+    # Nobody is told when a client is forgotten; its sockets must close without a warning.
+    weakref.finalize(client, _close, transport, os.getpid())
+    return client
+
+
+def _open_async_client(endpoint: Endpoint) -> httpx.AsyncClient:
+    transport = EmbeddedTransport() if endpoint.embedded else _open(AsyncSpreadTransport, endpoint)
+    return _AsyncClient(transport=transport, trust_env=False)
+
+
+def _close(transport: httpx.BaseTransport, pid: int) -> None:
+    # A parent process's connections are not closed here: that would speak over its conversations.
+    if pid == os.getpid():
+        transport.close()
+
+
+def _open(kind: Callable[..., T], endpoint: Endpoint) -> T:
+    try:
+        proxy = None if endpoint.loopback else _proxy_for(endpoint.url)
+        secure = endpoint.url.scheme == "https" or proxy is not None
+        # Plain http without a proxy meets no certificate.
+        verify = _ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        return kind(verify=verify, proxy=proxy)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        problem = f"the environment's proxies or certificates cannot be used: {error}"
+    raise APIConnectionError(problem)
+
+
+def _proxy_for(url: httpx.URL) -> str | None:
+    """Return the environment's proxy for a URL: httpx leaves that to whoever brings a transport."""
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(url.netloc.decode()):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    check_host(httpx.URL(proxy))
+    return proxy
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # takes 22 ms, so once for all

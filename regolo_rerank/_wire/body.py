@@ -1,0 +1,79 @@
+"""The body of a reply, collected within bounds: of size, of time, and of what a compressed body grows to."""
+
+import time
+import zlib
+from typing import Final
+
+import httpx
+
+from regolo_rerank._wire.messages import is_reply_to_another
+from regolo_rerank.errors import APIResponseError
+
+__all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
+
+MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
+"""Bytes of a reply, decompressed, after which it is refused."""
+
+READ: Final = httpx.ByteStream(b"")
+"""What a reply has in place of its stream once it is read: that one refers back to the reply, and frees it late."""
+
+_GZIP: Final = 31
+"""What zlib calls gzip."""
+
+
+class ReplyBody:
+    """Collects the raw bytes of a reply, and decompresses them.
+
+    Args:
+        response: The reply, its body still to come.
+        deadline: When the body has to be complete, by the monotonic clock; None is never.
+
+    Attributes:
+        content: The bytes so far, decompressed; none of an error reply that cannot be, whose status tells enough.
+        is_complete: Whether there is nothing to read, as in a reply that a mock has made.
+
+    Raises:
+        APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.
+    """
+
+    def __init__(self, response: httpx.Response, deadline: float | None) -> None:
+        if is_reply_to_another(response):  # its connection closes with its body unread
+            raise APIResponseError("the reply cannot be trusted: it belongs to another request")
+        self.content = bytearray()
+        self.is_complete = response.is_stream_consumed
+        self._deadline = deadline
+        self._is_success = response.is_success
+        self._is_readable = True
+        self._gzip = None
+        encoding = response.headers.get("content-encoding", "").strip().lower()
+        if self.is_complete:
+            self.content += response.content
+        elif encoding in {"gzip", "x-gzip"}:
+            self._gzip = zlib.decompressobj(_GZIP)
+        elif encoding not in {"", "identity"}:
+            self._refuse(f"compressed as {encoding!r}, and only gzip was asked for")
+
+    def add(self, chunk: bytes) -> None:
+        """Take in the next bytes.
+
+        Raises:
+            APIResponseError: The body of a 2xx cannot be decompressed, or any body is too large.
+            TimeoutError: It is too late.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise TimeoutError
+        if self._gzip is not None:
+            try:
+                chunk = self._gzip.decompress(chunk, MAX_REPLY_BYTES + 1 - len(self.content))
+            except zlib.error as error:
+                self._refuse(f"not what its header says: {error}")
+        if self._is_readable:
+            self.content += chunk
+        if len(self.content) > MAX_REPLY_BYTES:
+            raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
+
+    def _refuse(self, problem: str) -> None:
+        if self._is_success:
+            raise APIResponseError(f"the reply cannot be trusted: its body cannot be decompressed: {problem}")
+        self._is_readable = False
+        self.content.clear()

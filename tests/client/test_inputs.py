@@ -1,0 +1,64 @@
+from typing import Any
+
+import pytest
+
+from regolo_rerank import InvalidInputError, RegoloClient
+from tests.conftest import KEY, Rank
+from tests.support.stub import Stub
+
+
+@pytest.mark.parametrize(
+    ("query", "documents", "arguments", "message"),
+    [
+        ("q", "one string", {}, "documents: must be a list of str, got str"),
+        ("q", b"bytes", {}, "documents: must be a list of str, got bytes"),
+        ("q", {"a", "b"}, {}, "documents: must be a list of str, got set"),
+        ("q", frozenset("a"), {}, "documents: must be a list of str, got frozenset"),
+        ("q", {"a": "b"}, {}, "documents: must be a list of str, got dict"),
+        ("q", None, {}, "documents: must be a list of str, got NoneType"),
+        ("q", ["a", None], {}, r"documents\[1\]: must be str, got NoneType"),
+        ("q", [7], {}, r"documents\[0\]: must be str, got int"),
+        ("q", ["a", b"b"], {}, r"documents\[1\]: must be str, got bytes"),
+        ("", ["a"], {}, "query: must not be blank"),
+        (" \n", ["a"], {}, "query: must not be blank"),
+        (None, ["a"], {}, "query: must be a string, got NoneType"),
+        (["q"], ["a"], {}, "query: must be a string, got list"),
+        ("q", ["a"], {"top_n": 0}, r"top_n: .* got int \(0\)"),
+        ("q", ["a"], {"top_n": -1}, r"top_n: .* got int \(-1\)"),
+        ("q", ["a"], {"top_n": True}, r"top_n: .* got bool \(True\)"),
+        ("q", ["a"], {"top_n": 2.5}, r"top_n: .* got float \(2\.5\)"),
+        ("q", ["a"], {"top_n": "2"}, "top_n: .* got str"),
+        ("q", ["a"], {"model": " "}, "model: must not be blank, got str"),
+        ("q", ["a"], {"instruction": 1}, "instruction: .* got int"),
+        ("q", ["a"], {"score_threshold": float("nan")}, r"score_threshold: .* got float \(nan\)"),
+        ("q", ["a"], {"score_threshold": True}, r"score_threshold: .* got bool"),
+        ("q", ["a"], {"extra_body": {"top_n": 1}}, "extra_body: must not hold top_n"),
+        ("q", ["a"], {"extra_body": {"x": float("nan")}}, "extra_body: must be plain JSON"),
+        ("q", ["a"], {"extra_body": {"x": object()}}, "extra_body: must be plain JSON"),
+        ("q", ["a"], {"extra_body": {"x": "\ud800"}}, "extra_body: must be plain JSON"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sent(
+    rank: Rank,
+    client: RegoloClient,
+    stub: Stub,
+    query: Any,
+    documents: Any,
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    """The error names the argument and the value's type, and the server sees nothing."""
+    with pytest.raises(InvalidInputError, match=message):
+        rank(client, query, documents, **arguments)
+    assert not stub.received
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {"documents": ["x"]}])
+def test_an_extra_body_that_was_changed_in_place_is_checked_again(rank: Rank, stub: Stub, value: Any) -> None:
+    """What no check has seen is not sent, and never replaces the documents."""
+    client = RegoloClient(KEY, base_url=stub.url, extra_body={"x": 1})
+    assert client.extra_body is not None
+    client.extra_body.update(value if isinstance(value, dict) else {"x": value})
+    with pytest.raises(InvalidInputError, match="extra_body: must"):
+        rank(client, "q", ["a"])
+    assert not stub.received

@@ -1,0 +1,80 @@
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from regolo_rerank import APIConnectionError, APITimeoutError, InvalidInputError, RegoloClient, RerankResponse
+from tests.conftest import KEY, Rank
+from tests.support.stub import Reply, Stub, results
+
+
+def ranked_over(mode: str, settings: dict[str, Any], **options: Any) -> RerankResponse:
+    """Rank over an httpx client of the caller's own, made with certain settings; see that it is left open."""
+    options = {"api_key": KEY, **options}
+
+    def called() -> RerankResponse:
+        with httpx.Client(**settings) as own:
+            try:
+                with RegoloClient(http_client=own, **options) as client:
+                    return client.rerank("q", ["a"])
+            finally:
+                assert not own.is_closed
+
+    async def acalled() -> RerankResponse:
+        async with httpx.AsyncClient(**settings) as own:
+            try:
+                async with RegoloClient(async_http_client=own, **options) as client:
+                    return await client.arerank("q", ["a"])
+            finally:
+                assert not own.is_closed
+
+    return called() if mode == "sync" else asyncio.run(acalled())
+
+
+def test_the_callers_own_http_client_counts(mode: str, stub: Stub) -> None:
+    """The caller's client is used with its own timeout, and is left open."""
+    stub.always(Reply(results((0, 1.0)), delay=0.3))
+    settings: dict[str, Any] = {"timeout": 5.0, "headers": {"x-mine": "1"}}
+    options: dict[str, Any] = {"base_url": stub.url, "max_retries": 0, "timeout": 0.01}
+    assert len(ranked_over(mode, settings, **options).results) == 1
+    with pytest.raises(APITimeoutError):
+        ranked_over(mode, settings | {"timeout": 0.1}, **options)
+    assert [request.headers["x-mine"] for request in stub.received] == ["1", "1"]
+
+
+def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub) -> None:
+    """A header of the caller's own http client that HTTP does not allow fails at once."""
+    with pytest.raises(APIConnectionError, match="Illegal header"):
+        ranked_over(mode, {"headers": {"x-mine": "a\nb"}}, base_url=stub.url, max_retries=10**9)
+    assert not stub.received
+
+
+def test_a_closed_http_client_is_an_error_that_says_so(rank: Rank, stub: Stub) -> None:
+    """A caller's client that is closed is named, and not tried again."""
+    closed, aclosed = httpx.Client(), httpx.AsyncClient()
+    closed.close()
+    asyncio.run(aclosed.aclose())
+    client = RegoloClient(KEY, base_url=stub.url, http_client=closed, async_http_client=aclosed)
+    with pytest.raises(APIConnectionError, match="closed"):
+        rank(client, "q", ["a"])
+
+
+def test_an_async_http_client_in_a_second_loop_is_an_error_that_says_so(stub: Stub) -> None:
+    """A caller's async client with a connection of another event loop is named, and not tried again."""
+    mine = httpx.AsyncClient()
+    client = RegoloClient(KEY, base_url=stub.url, async_http_client=mine)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(client.arerank("q", ["a"]))
+    with pytest.raises(APIConnectionError, match="event loop"):
+        asyncio.run(client.arerank("q", ["a"]))
+    loop.run_until_complete(mine.aclose())
+    loop.close()
+
+
+@pytest.mark.parametrize("option", ["http_client", "async_http_client"])
+def test_the_embedded_endpoint_takes_no_http_client(rank: Rank, option: str) -> None:
+    """A client that could not be used is refused."""
+    mine: dict[str, Any] = {option: httpx.Client() if option == "http_client" else httpx.AsyncClient()}
+    with pytest.raises(InvalidInputError, match="http_client: not with base_url='local://'"):
+        rank(RegoloClient(base_url="local://", **mine), "q", ["a"])
