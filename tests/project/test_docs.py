@@ -197,7 +197,8 @@ def test_the_api_page_has_everything_public(site: Path) -> None:
     anchors = set(re.findall(r'<h\d id="(regolo_rerank[\w.]+)"', page))
     words = set(re.findall(r"\w+", re.sub(r"<[^>]+>", "", page)))
     shared = {f"regolo_rerank.options.Options.{name}" for name in [*OPTIONS, "model_copy"]} & anchors
-    expected = {"regolo_rerank.options.Options", "regolo_rerank.plot.rank_changes"} | shared
+    functions = "evaluation.evaluate", "evaluation.example_queries", "plot.evaluation_summary", "plot.rank_changes"
+    expected = {"regolo_rerank.options.Options", *(f"regolo_rerank.{name}" for name in functions)} | shared
     for cls in PUBLIC:
         path = next(iter({f"{cls.__module__}.{cls.__name__}", f"regolo_rerank.{cls.__name__}"} & anchors), "missing")
         bases = [base for base in cls.__mro__ if base in CLASSES and base is not Options]
