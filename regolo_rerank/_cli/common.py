@@ -72,11 +72,6 @@ def sees_a_bar() -> bool:
     return seen
 
 
-def tell(line: str) -> None:
-    """Say something to the person at the terminal, on standard error."""
-    print(f"regolo-rerank: {harmless(line, output_encoding())}", file=sys.stderr, flush=True)
-
-
 def standard_input(awaited: str) -> BinaryIO:
     """Return the bytes of standard input, after saying on a terminal what is awaited.
 
@@ -88,6 +83,11 @@ def standard_input(awaited: str) -> BinaryIO:
     if sys.stdin.isatty():
         print(f"reading {awaited}, until the end of input", file=sys.stderr)
     return sys.stdin.buffer
+
+
+def tell(line: str) -> None:
+    """Say something that is no result, on standard error."""
+    print(f"regolo-rerank: {harmless(line, output_encoding())}", file=sys.stderr, flush=True)
 
 
 def output_encoding() -> str:

@@ -84,7 +84,7 @@ class Call(Generic[Event]):
         """End the call with the first final failure; what has not started never starts."""
         if not self.done.is_set():
             if isinstance(error, RegoloError):
-                # Its frames hold all documents, what it was made from may hold the key: neither tells the caller more.
+                # Its frames hold all documents, and what it was made from may hold the key.
                 error.__context__ = error.__traceback__ = None
             self._failure = error
             self.done.set()

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,19 @@ from regolo_rerank import (
 )
 from tests.conftest import KEY
 from tests.support.entries import KINDS, Entry
-from tests.support.faults import Fault, FaultServer, bomb, changed, endless, http, ranking, sends, stalls, trickles
+from tests.support.faults import (
+    Fault,
+    FaultServer,
+    bomb,
+    changed,
+    endless,
+    endless_after,
+    http,
+    ranking,
+    sends,
+    stalls,
+    trickles,
+)
 from tests.support.inside import allow_replies_of, back_off_for
 from tests.support.modes import Call
 from tests.support.stub import Received, Reply, Stub, pairs
@@ -71,6 +84,20 @@ def scored(value: str) -> Case:
     return response(APIResponseError, body)
 
 
+def squeezed(mebibytes: int) -> bytes:
+    """Return so many mebibytes, compressed twice to next to nothing."""
+    return gzip.compress(gzip.compress(b" " * mebibytes * 1024 * 1024, 6), 9)
+
+
+UNBOUNDED = {
+    "gzip, gzip": squeezed(8),
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "br": b"\x06",
+    "deflate": zlib.compress(BODY),
+    "gzip, identity": gzip.compress(BODY),
+}
+"""Codings that nobody asked for, each with a body."""
+
 CASES: dict[str, Case] = {
     # the connection
     "closed before headers": Case(sends(b""), APIConnectionError),
@@ -93,7 +120,17 @@ CASES: dict[str, Case] = {
     "broken gzip": response(APIResponseError, b"\x1f\x8b broken", content_encoding="gzip"),
     "truncated gzip": response(APIResponseError, gzip.compress(BODY)[:-12], content_encoding="gzip"),
     "endless": Case(endless, APIResponseError),
+    "endless behind gzip": Case(endless_after(gzip.compress(BODY), content_encoding="gzip"), APIResponseError),
+    "endless in no gzip": Case(endless_after(b"", 500, content_encoding="zstd"), APIResponseError),
+    "identity": response(None, BODY, content_encoding="Identity"),
+    "x-gzip": response(None, gzip.compress(BODY), content_encoding="x-gzip"),
     "gzip bomb": Case(bomb(8), APIResponseError),
+    **{
+        f"compressed as {coding}": Case(
+            sends(http(body, content_encoding=coding)), APIResponseError, passing=False, timeout=2.0
+        )
+        for coding, body in UNBOUNDED.items()
+    },
     "content-length too long": response(APIConnectionError, BODY, content_length=str(len(BODY) + 9)),
     "content-length too short": response(APIResponseError, BODY, content_length=str(len(BODY) - 9)),
     "content-length no number": Case(

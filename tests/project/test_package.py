@@ -75,9 +75,9 @@ def test_the_wheel_says_what_indexes_show(wheel: Path) -> None:
         metadata = BytesParser(policy=default).parsebytes(archive.read(path))
     assert metadata["Author"] in (ROOT / "LICENSE").read_text("utf-8")
     assert {"langchain", "llama-index", "reranker"} <= set(metadata["Keywords"].split(","))
-    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
     assert addresses.keys() == {"Rerank API", "Rerankers in LangChain", "Rerankers in LlamaIndex"}
-    page = metadata.get_payload()
+    page = str(metadata.get_payload())
     links = re.findall(r"\]\(([^)]*)\)", page)
     assert [link for link in [*links, *addresses.values()] if not link.startswith("https://")] == []
     assert links

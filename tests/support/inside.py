@@ -4,6 +4,7 @@ Unit tests whose subject is a module of the inside import that module by themsel
 """
 
 import asyncio
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "forget_certificates",
     "forget_refusals_after",
     "forget_word_vectors",
+    "hide_word_vectors",
     "http_settings_of",
     "is_worker",
     "limit_pictures_to",
@@ -146,8 +148,14 @@ def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_word_vectors() -> None:
-    """Let the next embedded score read the word vectors anew."""
+    """Let the embedded scorer be asked as if for the first time."""
     scorer._model.cache_clear()
+
+
+def hide_word_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the embedded scorer be asked for the first time, where what it needs is not installed."""
+    forget_word_vectors()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
 def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import httpx
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnableParallel, RunnablePassthrough
+from langchain_core.runnables import RunnableParallel, RunnablePassthrough, RunnableSerializable
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -163,7 +163,7 @@ def with_langchain(retriever: BaseRetriever) -> list[Document]:
     assert_type(ranking[0]["relevance_score"], float)
 
     step = reranker.as_runnable()
-    assert_type(step, Runnable[Candidates | dict[str, Any], list[Document]])
+    assert_type(step, RunnableSerializable[Candidates | dict[str, Any], list[Document]])
     candidates: Candidates = {"query": QUERY, "documents": found}
     assert_type(step.invoke(candidates), list[Document])
     assert_type(step.batch([{"query": QUERY, "documents": found}]), list[list[Document]])
