@@ -11,6 +11,7 @@ from regolo_rerank._core.call import Call, Event
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._display.progress import progress
+from regolo_rerank._transports.spread import Done
 from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
 
@@ -277,7 +278,7 @@ def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[t
     """Give the call for each pair, or what is wrong with the pair."""
     try:
         for index, pair in enumerate(pairs):
-            yield _open_call(config, index, pair, threading.Event())
+            yield _open_call(config, index, pair, Done())
     except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
         yield _SourceError(error)
 
