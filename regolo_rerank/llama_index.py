@@ -20,7 +20,7 @@ from pydantic import model_validator
 from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
 from regolo_rerank._adapters.spans import show_report
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse, Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
@@ -100,7 +100,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
+        with ends_here, self._reported(nodes, query_bundle) as run:
             run.outcome = self._outcome(run.query, run.nodes, self._texts, self._scored)
         return run.outcome.kept
 
@@ -108,7 +108,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
+        with ends_here, self._reported(nodes, query_bundle) as run:
             run.outcome = await self._aoutcome(run.query, run.nodes, self._texts, self._scored)
         return run.outcome.kept
 

@@ -184,8 +184,8 @@ class Options(BaseModel):
                 problem = _explain(error, type(self))
             else:
                 return
-            # A mistyped `apikey=` must not show in a traceback with locals.
-            del api_key, options
+            # A mistyped `apikey=` must not show in a traceback with locals, which misses what is deleted.
+            api_key = options = None
             raise problem
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -195,7 +195,7 @@ class Options(BaseModel):
                 problem = _explain(error, type(self))
             else:
                 return
-            del value
+            value = None
             raise problem
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -213,7 +213,7 @@ class Options(BaseModel):
         problem = _assign(copied, update or {})
         if problem is None:
             return copied
-        del update
+        update = None
         raise problem
 
     def _part_from_original(self) -> None:
