@@ -1,4 +1,4 @@
-"""The command line: `regolo-rerank rank` for texts, `bulk` for many queries, `demo` to see what reranking changes.
+"""The command line: `regolo-rerank rank` for texts, `bulk` for many queries, `check` to see what works, and `demo`.
 
 Frameworks and the client are imported by the command that needs them, so that `--help` comes at once.
 """
@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TypeVar
 
 from regolo_rerank import __version__
 from regolo_rerank._display.tables import encodable, harmless, lines
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from regolo_rerank.results import RerankResponse
 
 __all__ = ["main"]
+
+Client = TypeVar("Client", bound="RegoloClient")
 
 _SILENT: Final = logging.NullHandler()
 
@@ -49,12 +51,19 @@ options: with another IN or other options the run is refused. To start anew,
 remove OUT.
 """
 
+_CHECK: Final = """\
+See whether key, address, model and prompt format work, by about twenty small
+requests, and which line of code to use. What it prints holds nothing of the
+key, so that it can go into a bug report.
+"""
+
 _EPILOG: Final = """\
 examples:
   regolo-rerank rank "capital of China" cities.txt --top-n 3
   grep -h price *.md | regolo-rerank rank "what does it cost?" --threshold 0.5
   regolo-rerank rank --local "capital of China" cities.txt
   regolo-rerank bulk queries.jsonl rankings.jsonl --top-n 10
+  regolo-rerank check --base-url http://localhost:8000/v1
   regolo-rerank demo
 
 The API key is read from the environment variable REGOLO_API_KEY, and never from
@@ -183,6 +192,16 @@ def _parsers() -> tuple[_Parser, _Parser]:
         help="go on with an OUT that was made with other options, and mix them",
     )
 
+    check = commands.add_parser(
+        "check",
+        help="see whether key, address, model and prompt format work",
+        description=_CHECK,
+        argument_default=argparse.SUPPRESS,
+    )
+    check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
+    _add_server(check)
+
     demo = commands.add_parser(
         "demo",
         help="see what reranking changes, on the documentation of Python's standard library",
@@ -196,6 +215,11 @@ def _add_options(parser: _Parser) -> None:
     """Add the options of the client."""
     parser.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
     parser.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    _add_server(parser)
+
+
+def _add_server(parser: _Parser) -> None:
+    """Add the options of the client that say who ranks, and to which task."""
     parser.add_argument("--model", metavar="NAME", help="the reranking model")
     parser.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
     server = parser.add_mutually_exclusive_group()
@@ -210,12 +234,16 @@ def _add_options(parser: _Parser) -> None:
 
 
 def _client(options: dict[str, Any]) -> "RegoloClient":
-    from pydantic import ValidationError
-
     from regolo_rerank import RegoloClient
 
+    return _make(RegoloClient, options)
+
+
+def _make(kind: "type[Client]", options: dict[str, Any]) -> "Client":
+    from pydantic import ValidationError
+
     try:
-        return RegoloClient(**options)
+        return kind(**options)
     except ValidationError as error:
         raise InvalidInputError("; ".join(f"{line['loc'][0]}: {line['msg']}" for line in error.errors())) from None
 
@@ -262,6 +290,18 @@ def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **optio
 
 def _tell(line: str) -> None:
     print(f"regolo-rerank: {harmless(line, _encoding())}", file=sys.stderr, flush=True)
+
+
+def _check(*, as_json: bool, **options: Any) -> int:
+    from regolo_rerank._cli.check import CheckedClient, check, describe
+
+    with _make(CheckedClient, options) as client:
+        report = check(client)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(*(encodable(line, _encoding()) for line in describe(report)), sep="\n")
+    return 1 if report["problems"] else 0
 
 
 def _queries(file: str) -> "BinaryIO | gzip.GzipFile | nullcontext[BinaryIO]":
