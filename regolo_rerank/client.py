@@ -43,10 +43,11 @@ class RegoloClient(Reranker):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+        >>> documents = ["Rome", "Beijing, capital of China"]
+        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
+        'Beijing, capital of China'
     """
 
     def rerank(

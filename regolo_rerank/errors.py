@@ -1,18 +1,18 @@
 """Everything that can go wrong with a call.
 
     RegoloError
-    ├── InvalidInputError(ValueError)      refused before sending
-    ├── MissingAPIKeyError(ValueError)     no key for a host that demands one
-    ├── APIConnectionError                 the server could not be reached, or hung up
-    │   └── APITimeoutError                no complete reply within `timeout`
-    ├── APIStatusError                     the server said no
-    │   ├── BadRequestError                400, 413, 422
-    │   ├── AuthenticationError            401
-    │   ├── PermissionDeniedError          403
-    │   ├── NotFoundError                  404
-    │   ├── RateLimitError                 429
-    │   └── ServerError                    408, 5xx
-    └── APIResponseError                   a 2xx that cannot be trusted
+    ├── InvalidInputError(ValueError)   refused before sending
+    ├── MissingAPIKeyError(ValueError)  no key for a host that demands one
+    ├── APIConnectionError              the server could not be reached, or hung up
+    │   └── APITimeoutError             no complete reply within `timeout`
+    ├── APIStatusError                  the server said no
+    │   ├── BadRequestError             400, 413, 422
+    │   ├── AuthenticationError         401
+    │   ├── PermissionDeniedError       403
+    │   ├── NotFoundError               404
+    │   ├── RateLimitError              429
+    │   └── ServerError                 408, 5xx
+    └── APIResponseError                a 2xx that cannot be trusted
 
 Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, `RerankCacheWarning` tells of a
 `cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.

@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
 from regolo_rerank._wire.checks import (
     API_KEY_VARIABLE,
     check_base_url,
@@ -36,6 +37,7 @@ from regolo_rerank._wire.checks import (
     check_headers,
     check_key,
     check_text,
+    client_check,
     dump_key,
     read_environment_key,
 )
@@ -144,21 +146,38 @@ class Options(BaseModel):
     cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
-    """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
-    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
+    """Where scores are kept: a dict, `cachetools.LRUCache`, or any other mapping to floats. Only pairs that it does not
+    hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
-    http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
+    http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
+        default=None, exclude=True, repr=False
+    )
     """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
 
-    async_http_client: SkipJsonSchema[httpx.AsyncClient | None] = Field(default=None, exclude=True, repr=False)
+    async_http_client: SkipJsonSchema[
+        Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
+    ] = Field(default=None, exclude=True, repr=False)
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+        __signature__ = OptionsSignature()
+
+        @classmethod
+        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+            super().__pydantic_init_subclass__(**kwargs)
+            if cls.__doc__:
+                cls.__doc__ = OptionsDocstring(cls.__doc__)
+
+        @classmethod
+        def __pydantic_on_complete__(cls) -> None:
+            super().__pydantic_on_complete__()
+            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
 
         def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            """Take the options, each of them checked."""
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
@@ -338,10 +357,16 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
         problem = PydanticCustomError(
             line["type"],
             "{reason}, got {kind}",
-            {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
+            {"reason": reason, "kind": f"{_name_type(value)}{shown}"},
         )
         lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+def _name_type(value: object) -> str:
+    """Return the name of a value's type, and where it comes from: libraries call their types alike."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return name if package == "builtins" else f"{package}.{name}"
 
 
 def _describe_unknown(cls: type[BaseModel], name: str) -> str:

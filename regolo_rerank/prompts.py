@@ -38,8 +38,9 @@ class PromptFormat(BaseModel):
         pydantic.ValidationError: A template lacks its placeholder, or holds the other's, or the instruction would be
             sent twice or in the place of something else.
 
-    Example:
-        >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
+    Examples:
+        >>> short = PromptFormat(query="Q: {query}", document="D: {document}")
+        >>> short.format_document("<|x|>")
         'D: < |x|>'
     """
 
@@ -157,7 +158,7 @@ def preset_for(model: str, *, embedded: bool) -> PromptFormat:
 
     Args:
         model: The model's name, with or without an organisation in front (`Qwen/Qwen3-Reranker-4B`).
-        embedded: Whether the embedded endpoint answers; its lexical scorer would match the instruction's words.
+        embedded: Whether the embedded endpoint answers; its scorer would read the instruction's words.
     """
     tagged = model.rpartition("/")[2].startswith("Qwen3-Reranker") and not embedded
     return PRESETS["tagged" if tagged else "plain"]

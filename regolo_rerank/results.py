@@ -1,7 +1,8 @@
 """What a call gives: a ranking, its results and what they took."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 __all__ = ["RerankResponse", "RerankResult", "Usage"]
 
@@ -49,7 +50,7 @@ class Usage:
 
 @dataclass(slots=True)
 class RerankResponse:
-    """A ranking, the best document first.
+    """A ranking, the best document first; its length, items and slices are those of `results`.
 
     Attributes:
         id: The service's name for the first reply; None where nothing was sent.
@@ -66,6 +67,21 @@ class RerankResponse:
     usage: Usage = field(default_factory=Usage)
     request_ids: list[str] = field(default_factory=list)
     model: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[RerankResult]:
+        return iter(self.results)
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> RerankResult: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[RerankResult]: ...
+
+    def __getitem__(self, place: SupportsIndex | slice) -> RerankResult | list[RerankResult]:
+        return self.results[place]
 
     def __str__(self) -> str:
         from regolo_rerank._display.tables import text

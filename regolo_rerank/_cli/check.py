@@ -13,9 +13,10 @@ from typing import Any, Final
 import httpx
 from pydantic import PrivateAttr
 
+from regolo_rerank._cli.common import checked_client, output_encoding
 from regolo_rerank._cli.findings import FITTING, Separation, judge, probe_template, separate
 from regolo_rerank._core.config import RequestConfig
-from regolo_rerank._display.tables import harmless
+from regolo_rerank._display.tables import encodable, harmless
 from regolo_rerank._transports.clients import proxy_for
 from regolo_rerank._version import __version__
 from regolo_rerank._wire.checks import API_KEY_VARIABLE, read_environment_key
@@ -33,7 +34,7 @@ from regolo_rerank.errors import (
 )
 from regolo_rerank.prompts import PRESETS, PromptFormat, preset_for
 
-__all__ = ["CheckedClient", "check", "describe"]
+__all__ = ["run_check"]
 
 _PACKAGES: Final = ("httpx", "pydantic", "langchain-core", "llama-index-core")
 _ACCEPTED: Final = {True: "accepted", False: "refused", None: "not tried"}
@@ -48,7 +49,7 @@ _ADVICE: Final[dict[type[RegoloError], str]] = {
 }
 
 
-class CheckedClient(RegoloClient):
+class RecordingClient(RegoloClient):
     """A client that keeps the headers of its last reply.
 
     Raises:
@@ -74,7 +75,7 @@ class CheckedClient(RegoloClient):
 class _Tally:
     """Asks a server, and adds up what that takes."""
 
-    def __init__(self, client: CheckedClient) -> None:
+    def __init__(self, client: RecordingClient) -> None:
         self._client = client
         self.milliseconds: list[float] = []
         self.models: dict[str | None, None] = {}
@@ -100,7 +101,30 @@ class _Tally:
         return [scores[index] for index in range(len(documents))]
 
 
-def check(client: CheckedClient) -> dict[str, Any]:
+def run_check(*, as_json: bool, **options: Any) -> int:
+    """Check, and print what was found.
+
+    Args:
+        as_json: Whether to print one JSON object.
+        **options: Options of the client.
+
+    Returns:
+        The exit status: 0, or 1 where something is wrong.
+
+    Raises:
+        InvalidInputError: An option is wrong.
+    """
+    checked_client(options)  # whose error is told in one line
+    with RecordingClient(**options) as client:
+        report = check(client)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(*(encodable(line, output_encoding()) for line in describe(report)), sep="\n")
+    return 1 if report["problems"] else 0
+
+
+def check(client: RecordingClient) -> dict[str, Any]:
     """Find out what works, by about twenty requests.
 
     Args:
@@ -156,7 +180,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _add_settings(client: CheckedClient, report: dict[str, Any]) -> None:
+def _add_settings(client: RecordingClient, report: dict[str, Any]) -> None:
     """Add where requests would go and by what, and whether a key would go with them."""
     endpoint = client.endpoint()
     if client.base_url is not None:
@@ -172,7 +196,7 @@ def _add_settings(client: CheckedClient, report: dict[str, Any]) -> None:
     client.key_for(endpoint)  # refused before anything is sent
 
 
-def _replies(client: CheckedClient, tally: _Tally) -> dict[str, Any]:
+def _replies(client: RecordingClient, tally: _Tally) -> dict[str, Any]:
     """Return what replies tell besides scores."""
     key = client.key_for(client.endpoint())
     names = [name for name in tally.models if name is not None]
@@ -188,7 +212,7 @@ def _replies(client: CheckedClient, tally: _Tally) -> dict[str, Any]:
     }
 
 
-def _line(client: CheckedClient, prompt_format: str, by_default: str) -> str:
+def _line(client: RecordingClient, prompt_format: str, by_default: str) -> str:
     """Return the code that makes a client of what was checked; what is so anyway is left out."""
     options = {
         name: getattr(client, name)

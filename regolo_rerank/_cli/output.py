@@ -264,7 +264,7 @@ class _File:
 def _lock(path: Path) -> Iterator[None]:
     """Keep other runs from a file, which is there from now on."""
     with path.open("ab") as file:
-        with suppress(ImportError):  # as on Windows
+        with suppress(ImportError, OSError):  # as on Windows, and where a filesystem has no locks
             import fcntl
 
             try:

@@ -152,14 +152,10 @@ class Plan:
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
             raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", source)
-        echoes = False
-        for result in reply.results:
-            if (echo := result.echo) is not None:
-                if _may_mean(echo, repair(self._format_slot(batch[result.index]))):
-                    break
-                echoes = True
-        else:
-            if echoes:
+        echoes = [(batch[result.index], echo) for result in reply.results if (echo := result.echo) is not None]
+        expected = self._format.format_documents([self.texts[slot] for slot, _ in echoes])
+        for (_, echo), text in zip(echoes, expected, strict=True):
+            if echo != text and not _may_mean(echo, repair(text)):
                 raise _untrusted("it echoes other documents than were sent", source)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, source, sent)
@@ -239,8 +235,13 @@ def _find_distinct(documents: Sequence[str], longest: int | None) -> tuple[Seque
 
 def _may_mean(echo: str, sent: str) -> bool:
     """Return whether a server may mean what was sent; it may have cut, stripped or lower-cased it, or left tags out."""
-    echoed, text = (re.sub(r"\W+", "", side[:1_000]).casefold() for side in (echo, sent))
-    return text[:50] in echoed or echoed[:50] in text
+    shown = echo.strip()
+    return (bool(shown) and shown in sent) or _begins_in(echo, sent) or _begins_in(sent, echo)
+
+
+def _begins_in(part: str, whole: str) -> bool:
+    begin, text = (re.sub(r"\W+", "", side).casefold() for side in (part[:200], whole[:1_000]))
+    return bool(begin) and begin in text
 
 
 def _sum(figures: Iterable[Number | None]) -> Number | None:

@@ -83,8 +83,10 @@ class Call(Generic[Event]):
     def fail(self, error: BaseException) -> None:
         """End the call with the first final failure; what has not started never starts."""
         if not self.done.is_set():
-            # The frames of an error of ours hold all documents, and tell the caller nothing.
-            self._failure = error.with_traceback(None) if isinstance(error, RegoloError) else error
+            if isinstance(error, RegoloError):
+                # Its frames hold all documents, and what it was made from may hold the key.
+                error.__context__ = error.__traceback__ = None
+            self._failure = error
             self.done.set()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 
 from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.local import SCORER_EXTENSION
+from regolo_rerank._wire.messages import new_name
 from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
@@ -90,7 +91,6 @@ class RequestConfig:
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
         build = httpx.Request if self.callers_client is None else self.callers_client.build_request
+        headers = new_name() | self._headers
         # Tools that watch httpx write into headers and extensions.
-        return build(
-            "POST", self.endpoint.url, content=content, headers=self._headers, extensions=dict(self._extensions)
-        )
+        return build("POST", self.endpoint.url, content=content, headers=headers, extensions=dict(self._extensions))

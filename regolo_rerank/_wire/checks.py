@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -21,9 +21,12 @@ __all__ = [
     "check_headers",
     "check_key",
     "check_text",
+    "client_check",
     "dump_key",
     "read_environment_key",
 ]
+
+T = TypeVar("T")
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
 
@@ -84,6 +87,17 @@ def check_cache(cache: object) -> object:
     if cache is not None and (isinstance(cache, type) or not writable):
         raise ValueError("must be a mapping that can be written, such as a dict")
     return cache
+
+
+def client_check(kind: type[T]) -> Callable[[object], T | None]:
+    """Return what checks a client of the caller's own, which has to be of this class of httpx's."""
+
+    def check(client: object) -> T | None:
+        if client is None or isinstance(client, kind):
+            return client
+        raise ValueError(f"must be an httpx.{kind.__name__}")
+
+    return check
 
 
 def check_text(text: str) -> str:

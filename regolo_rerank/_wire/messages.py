@@ -7,12 +7,14 @@ The shapes are those of Regolo's API page and of recorded exchanges with the gat
 import json
 import math
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -24,7 +26,9 @@ __all__ = [
     "Result",
     "advise_on_length",
     "encode",
+    "is_reply_to_another",
     "mask",
+    "new_name",
     "parse_number",
     "read_error",
     "read_reply",
@@ -34,6 +38,9 @@ __all__ = [
 
 _CLIP: Final = 2_000
 
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_NAME: Final = "regolo_rerank-"
+"""How the names of this package's requests begin."""
 _CONTEXT_LENGTH: Final = re.compile(r"context length is (\d{1,9})")
 _USUAL_CONTEXT: Final = 4_096
 _CHARACTERS_A_TOKEN: Final = 2
@@ -112,9 +119,26 @@ def repair(value: Any) -> Any:
     return value
 
 
+def new_name() -> dict[str, str]:
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+
+
+def is_reply_to_another(response: httpx.Response) -> bool:
+    """Return whether a reply has the name of another request of this package.
+
+    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
+    """
+    return "network_stream" in response.extensions and any(
+        (name := response.headers.get(header, "")).startswith(_NAME)
+        and response.request.headers.get(header, "") not in name
+        for header in _NAME_HEADERS
+    )
+
+
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return _clean(headers.get("x-litellm-call-id") or headers.get("x-request-id"), secret)
+    return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:

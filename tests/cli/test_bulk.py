@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import io
 import itertools
 import os
@@ -71,6 +73,20 @@ def test_the_rate_is_that_of_the_run(files: Files, monkeypatch: pytest.MonkeyPat
     with files.given.open("rb") as source, bulk.resume(client, source, "IN", files.out) as run:
         run.rank(client, lambda _count=1, note="": notes.append(note))
     assert notes == [f"{number} queries, {int(number > 1)} failed, 2.0/s" for number in range(1, COUNT + 1)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_filesystem_without_locks_is_written_all_the_same(
+    code: int, at_stub: Stub, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file cannot be locked, as on some network drives, a run goes on without."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert files.run() == 0
+    assert len(at_stub.received) == len(read(files.out)) == COUNT
 
 
 def test_without_a_terminal_a_line_a_minute_tells_how_far_it_is(

@@ -1,5 +1,4 @@
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from tests.conftest import KEY
 from tests.support.bulk import COUNT, Files, failing, hang_up, number_of, numbers, probes, query, ranking, read
-from tests.support.inside import watch_bulk_files
+from tests.support.inside import hide_word_vectors, watch_bulk_files
 from tests.support.stub import Received, Reply, Stub, error, results, scored
 
 POISON: dict[str, tuple[Reply | Callable[[], Reply], dict[str, Any]]] = {
@@ -244,8 +243,8 @@ def test_a_lost_network_stops_the_run(files: Files, capsys: pytest.CaptureFixtur
 def test_a_missing_package_is_no_querys_fault(
     files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without rapidfuzz, `--local` is wrong use, and no query is blamed."""
-    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    """Without WordLlama, `--local` is wrong use, and no query is blamed."""
+    hide_word_vectors(monkeypatch)
     assert files.run("--local") == 2
     assert "regolo_rerank[local]" in capsys.readouterr().err
     assert files.contents() == (b"", b"")

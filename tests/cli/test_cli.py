@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sysconfig
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +102,7 @@ def test_standard_input_is_read_where_no_file_is_named(
     """Without a FILE, the documents are the lines of standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"alpha\nbeta")))
     assert main(["rank", "beta", "--local", "--top-n", "1"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "1.0000", "██████████", "beta"]
+    assert capsys.readouterr().out.split() == ["1", "0.9999", "██████████", "beta"]
 
 
 def test_a_terminal_is_told_what_is_awaited(
@@ -114,7 +116,7 @@ def test_a_terminal_is_told_what_is_awaited(
         assert main(["rank", "alpha", "--local"]) == 0
     os.close(typist)
     out, err = capsys.readouterr()
-    assert out.startswith("1  1.0000")
+    assert out.startswith("1  0.9999")
     assert err == "reading documents, one a line, until the end of input\n"
 
 
@@ -489,6 +491,25 @@ def test_the_installed_command_ranks_and_fails_as_it_should(command: Callable[[]
     refused = subprocess.run(arguments, input=b"document", capture_output=True, check=False)  # noqa: S603 - our own command
     assert (refused.returncode, refused.stdout) == (1, b"")
     assert refused.stderr == b"regolo-rerank: no [HTTP 401]\n"
+
+
+def test_a_pipe_that_was_closed_on_windows_is_quiet_too(
+    cities: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has another number for writing into a closed pipe."""
+
+    class Closed(io.FileIO):
+        def write(self, data: Any) -> int:
+            if os.path.samestat(os.fstat(self.fileno()), pipe):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return super().write(data)
+
+    writer = nobody_reads()
+    pipe = os.fstat(writer)
+    with io.TextIOWrapper(io.BufferedWriter(Closed(writer, "w")), "utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["rank", "q", cities, "--local"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet_to_the_end(cities: str) -> None:

@@ -8,6 +8,7 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._wire.messages import Reply, Request
 from regolo_rerank._wire.source import Source
 from regolo_rerank.options import Options
+from regolo_rerank.prompts import PRESETS
 from tests.support.stub import pairs, results, score
 
 ALPHABET = ["", " ", "a", "b", "c d", "é", "\x00", '"\\', "\ud83d", "😀", "x" * 50]
@@ -106,18 +107,24 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("echoes", "fits"),
     [
-        (["Tag: Alpha <|x|> one", "Tag: beta two"], True),
-        (["alpha < |x|>", "BETA"], True),
-        ([None, None], True),
-        (["", ""], True),
-        (["something else", "beta two"], True),
-        (["gamma", "delta"], False),
-        (["beta two", "Alpha one"], False),
+        (["Tag: Alpha <|x|> one", "Tag: beta two", "Tag: 👍"], True),
+        (["alpha < |x|>", "BETA", "👍"], True),
+        ([None, None, None], True),
+        ([None, "beta two", None], True),
+        (["gamma", "delta", "epsilon"], False),
+        (["beta two", "Alpha one", "👍"], False),
+        (["Alpha one", "something else", "👍"], False),
+        (["something else", "beta two", "👍"], False),
+        (["Alpha one", "", "👍"], False),
+        (["Alpha one", " ", "👍"], False),
+        (["Alpha one", "…", "👍"], False),
+        (["Alpha one", "beta two", "👎"], False),
+        (["", "", ""], False),
     ],
 )
 def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | None], *, fits: bool) -> None:
-    """Echoed texts may be cut, tagged or in another case; only where none of them was sent is the reply foreign."""
-    plan = Plan("q", ["Alpha <|x|> one", "beta two"], Options(), PromptFormat(document="Tag: {document}"), {})
+    """Echoed texts may be cut, tagged or in another case; where one of them was not sent, the reply is foreign."""
+    plan = Plan("q", ["Alpha <|x|> one", "beta two", "👍"], Options(), PromptFormat(document="Tag: {document}"), {})
     plan.cut({})
     ranked = [
         {"index": index, "relevance_score": 0.5, "document": None if echo is None else {"text": echo}}
@@ -129,3 +136,19 @@ def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | No
     else:
         with pytest.raises(APIResponseError, match="echoes other documents"):
             plan.accept(plan.batches[0], reply, Source(), 1)
+
+
+def test_the_echo_of_a_long_document_may_be_cut_but_not_be_anothers() -> None:
+    """Documents that begin alike are told apart, and the echo of one may be a part of it."""
+    texts = [f"The same words at the beginning of both. {name} {name * 200}" for name in ("Rome", "Oslo")]
+    plan = Plan("q", texts, Options(), PRESETS["tagged"], {})
+    plan.cut({})
+
+    def accept(*echoes: str) -> None:
+        ranked = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
+        plan.accept(plan.batches[0], Reply.model_validate({"results": ranked}), Source(), 1)
+
+    accept(*texts)
+    accept(texts[0][:30], texts[1][:300].lower())
+    with pytest.raises(APIResponseError, match="echoes other documents"):
+        accept(*reversed(texts))

@@ -203,7 +203,7 @@ def test_auto_goes_by_the_model_of_the_call(
 
 @pytest.mark.parametrize(("prompt_format", "document"), [("auto", "<|x|>"), ("tagged", "<Document>: < |x|>")])
 def test_auto_is_plain_on_the_embedded_endpoint(prompt_format: Any, document: str, rank: Rank) -> None:
-    """A lexical scorer sees nothing but the caller's words, unless a format is asked for by name."""
+    """The embedded scorer sees nothing but the caller's words, unless a format is asked for by name."""
     seen: list[tuple[str, list[str]]] = []
 
     def scorer(query: str, documents: list[str]) -> list[float]:

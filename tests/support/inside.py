@@ -4,6 +4,7 @@ Unit tests whose subject is a module of the inside import that module by themsel
 """
 
 import asyncio
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from regolo_rerank._cli import output
 from regolo_rerank._cli.main import main
 from regolo_rerank._core import queue, retry
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._transports import clients
+from regolo_rerank._transports import clients, scorer
 from regolo_rerank._transports.local import answer
 from regolo_rerank._wire import body
 
@@ -27,6 +28,7 @@ __all__ = [
     "connections_of",
     "forget_certificates",
     "forget_refusals_after",
+    "hide_word_vectors",
     "http_settings_of",
     "is_worker",
     "limit_pictures_to",
@@ -142,6 +144,12 @@ def forget_refusals_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> No
 def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next client load the certificates that the environment names, and not use those of an earlier one."""
     monkeypatch.setattr(clients, "_ssl_context", clients._ssl_context.__wrapped__)
+
+
+def hide_word_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the embedded scorer be asked for the first time, where what it needs is not installed."""
+    scorer._model.cache_clear()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
 def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:

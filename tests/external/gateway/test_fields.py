@@ -124,6 +124,6 @@ def test_the_check_finds_the_right_format_through_the_gateway(
     assert (report["verdict"]["prompt_format"], report["verdict"]["agree"]) == (right, True)
     assert report["model"] == {"asked": model, "answered": model}
     assert report["key"] == {"set": True, "from": "REGOLO_API_KEY", "accepted": True}
-    assert UUID(report["request_id"])
+    assert str(UUID(report["request_id"])) == report["request_id"]
     assert report["usage"]["requests"] == len(upstream.received) == 20
     assert report["usage"]["cost"] == 0.0

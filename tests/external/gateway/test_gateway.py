@@ -85,12 +85,14 @@ def test_the_ranking_is_the_one_of_the_server_behind_it(ranked: Ranked, gateway:
 
 
 def test_each_request_has_the_gateways_name(rank: Rank, gateway: Gateway) -> None:
-    """`request_ids` holds what the gateway calls each request, and an error names its own."""
+    """`request_ids` holds what the gateway calls each request, as it was asked to; an error names its own."""
     with RegoloClient(OPEN, base_url=gateway.url, batch_size=2) as client:
         request_ids = rank(client, QUERY, MANY[:6]).request_ids
         with pytest.raises(BadRequestError) as caught:
             rank(client, QUERY, TEXTS, model="no-such-model")
-    assert len({UUID(request_id) for request_id in [*request_ids, str(caught.value.request_id)]}) == 4
+    names = [*request_ids, str(caught.value.request_id)]
+    assert len({UUID(name.removeprefix("regolo_rerank-")) for name in names}) == 4
+    assert all(name.startswith("regolo_rerank-") for name in request_ids)
 
 
 def test_a_wrong_key_is_refused(rank: Rank, gateway: Gateway, upstream: Stub) -> None:
