@@ -13,7 +13,7 @@ from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
 from regolo_rerank._wire.messages import read_error, read_reply, request_id_of
-from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
+from regolo_rerank.errors import BadRequestError, RegoloError
 from regolo_rerank.results import RerankResponse
 
 __all__ = ["Call", "Event"]
@@ -63,15 +63,13 @@ class Call(Generic[Event]):
         request_id = request_id_of(response.headers, key)
         _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
         if not response.is_success:
-            error = read_error(response.status_code, body, response.headers, key)
-            if isinstance(error, NotFoundError):
-                error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
+            error = read_error(response.status_code, body, response.headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
                 index, length = self.plan.find_longest(batch)
                 hint = f"the longest document sent is documents[{index}] with {length} characters"
                 error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
             raise error
-        self.plan.accept(batch, read_reply(body, response.headers, key), request_id, sent)
+        self.plan.accept(batch, read_reply(body, response.headers, key, url), request_id, sent)
         if self.plan.is_complete:
             self.done.set()
 
