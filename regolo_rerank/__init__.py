@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RegoloError,
         RerankCacheWarning,
         RerankFallbackWarning,
+        RerankSubstituteWarning,
         ServerError,
     )
     from regolo_rerank.prompts import PromptFormat
@@ -53,6 +54,7 @@ __all__ = [
     "RerankFallbackWarning",
     "RerankResponse",
     "RerankResult",
+    "RerankSubstituteWarning",
     "ServerError",
     "Usage",
     "__version__",

@@ -11,6 +11,7 @@ from regolo_rerank._core.call import Call, Event
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._display.progress import progress
+from regolo_rerank._transports.spread import Done
 from regolo_rerank.errors import InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
 
@@ -43,10 +44,11 @@ class RegoloClient(Reranker):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+        >>> documents = ["Rome", "Beijing, capital of China"]
+        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
+        'Beijing, capital of China'
     """
 
     def rerank(
@@ -276,7 +278,7 @@ def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[t
     """Give the call for each pair, or what is wrong with the pair."""
     try:
         for index, pair in enumerate(pairs):
-            yield _open_call(config, index, pair, threading.Event())
+            yield _open_call(config, index, pair, Done())
     except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
         yield _SourceError(error)
 

@@ -1,21 +1,21 @@
 """Everything that can go wrong with a call.
 
     RegoloError
-    ├── InvalidInputError(ValueError)      refused before sending
-    ├── MissingAPIKeyError(ValueError)     no key for a host that demands one
-    ├── APIConnectionError                 the server could not be reached, or hung up
-    │   └── APITimeoutError                no complete reply within `timeout`
-    ├── APIStatusError                     the server said no
-    │   ├── BadRequestError                400, 413, 422
-    │   ├── AuthenticationError            401
-    │   ├── PermissionDeniedError          403
-    │   ├── NotFoundError                  404
-    │   ├── RateLimitError                 429
-    │   └── ServerError                    408, 5xx
-    └── APIResponseError                   a 2xx that cannot be trusted
+    ├── InvalidInputError(ValueError)   refused before sending
+    ├── MissingAPIKeyError(ValueError)  no key for a host that demands one
+    ├── APIConnectionError              the server could not be reached, or hung up
+    │   └── APITimeoutError             no complete reply within `timeout`
+    ├── APIStatusError                  the server said no
+    │   ├── BadRequestError             400, 413, 422
+    │   ├── AuthenticationError         401
+    │   ├── PermissionDeniedError       403
+    │   ├── NotFoundError               404
+    │   ├── RateLimitError              429
+    │   └── ServerError                 408, 5xx
+    └── APIResponseError                a 2xx that cannot be trusted
 
-Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, and `RerankCacheWarning` tells of a
-`cache` that fails.
+Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, `RerankCacheWarning` tells of a
+`cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.
 """
 
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "RegoloError",
     "RerankCacheWarning",
     "RerankFallbackWarning",
+    "RerankSubstituteWarning",
     "ServerError",
 ]
 
@@ -123,7 +124,7 @@ class APIResponseError(RegoloError):
     """A 2xx reply that cannot be trusted.
 
     It is no JSON, has the wrong shape, holds an error, leaves a document out, names one twice or one that was not
-    sent, or gives a score that is not a finite number.
+    sent, gives a score that is not a finite number, or comes from another model than was asked for.
 
     Attributes:
         request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
@@ -151,6 +152,10 @@ class RerankCacheWarning(UserWarning):
 
 class RerankFallbackWarning(UserWarning):
     """Reranking failed, and `on_error="return_input"` gave the input back in its own order."""
+
+
+class RerankSubstituteWarning(UserWarning):
+    """Another model than was asked for gave a ranking, and `allow_substitutes=True` took it."""
 
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {

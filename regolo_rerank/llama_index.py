@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 try:
     from llama_index.core import __version__ as llama_index_version
@@ -25,8 +25,6 @@ from regolo_rerank.results import RerankResponse, Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
 
-_RETRIEVAL_SCORE: Final = "retrieval_score"
-
 _dispatcher = get_dispatcher(__name__)
 
 
@@ -36,7 +34,7 @@ class RegoloReRankEndEvent(ReRankEndEvent):
     Attributes:
         response_id: The service's name for the first reply; None where there is none.
         request_ids: The gateway's name for each request that has one, for support.
-        usage: Tokens and requests, added up over all requests of the call; None where the call failed.
+        usage: Tokens, requests and cost, added up over all requests of the call; None where the call failed.
         fallback: Whether `on_error="return_input"` has given the input back, unranked.
         error: What went wrong with a call that failed or fell back; None where it has ranked.
 
@@ -55,23 +53,27 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     """Reranks nodes with Regolo.ai's Rerank API.
 
     `postprocess_nodes(nodes, query_bundle=None, query_str=None)` takes N nodes (`NodeWithScore`) and a query in one of
-    its two forms, and returns min(N, top_n) copies at most, the best first, with `score` set to the relevance score;
-    the caller's own are never changed. `apostprocess_nodes` is the same, natively async.
+    its two forms, and returns min(N, top_n) copies at most, the best first. Their `score` is the relevance score, and
+    so is `relevance_score` in their metadata, which the next postprocessor leaves alone, and which neither the LLM nor
+    an embedding model sees. The caller's own are never changed. `apostprocess_nodes` is the same, natively async.
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
+        callback_manager: LlamaIndex's own, for handlers of its older kind; may be assigned later.
+        **options: Any option, by name: those below, and those of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
         RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
             `RerankFallbackWarning` instead.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import TextNode
-        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
-        >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score
-        1.0
+        >>> texts = ["Rome", "Beijing, capital of China"]
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+        >>> reranker = RegoloRerank(base_url="local://", top_n=1)
+        >>> reranker.postprocess_nodes(nodes, query_str="capital of China")[0].text
+        'Beijing, capital of China'
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED
@@ -124,7 +126,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             ReRankStartEvent(query=query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model),
         )
         payload: dict[str, Any] = {
-            EventPayload.NODES: run.nodes,
+            EventPayload.NODES: list(run.nodes),  # a handler may change what it is shown, while the call goes on
             EventPayload.MODEL_NAME: self.model,
             EventPayload.QUERY_STR: run.query,
             EventPayload.TOP_K: top_n,
@@ -133,7 +135,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield run
                 kept, report = run.outcome.kept, run.outcome.report
-                event.on_end(payload={EventPayload.NODES: kept, EventPayload.ADDITIONAL_KWARGS: report})
+                event.on_end(payload={EventPayload.NODES: list(kept), EventPayload.ADDITIONAL_KWARGS: report})
         except BaseException as error:
             run.outcome = Outcome([], report_of_failure(error, fallback=False))
             raise
@@ -146,28 +148,29 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
 
     def _scored(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
         return [
-            nodes[result.index].model_copy(
-                update={"node": self._copied(nodes[result.index]), "score": result.relevance_score}
+            (candidate := nodes[result.index]).model_copy(
+                update={
+                    "node": _with_metadata(candidate.node, self._scores(candidate, result.relevance_score)),
+                    "score": result.relevance_score,
+                }
             )
             for result in response.results
         ]
 
-    def _copied(self, candidate: NodeWithScore) -> BaseNode:
-        node = candidate.node
-        if not self.keep_retrieval_score:
-            return node.model_copy(update={"metadata": dict(node.metadata)})
-        return node.model_copy(
-            update={
-                "metadata": {**node.metadata, _RETRIEVAL_SCORE: candidate.score},
-                # The text that the LLM sees stays the same.
-                "excluded_embed_metadata_keys": _with_score(node.excluded_embed_metadata_keys),
-                "excluded_llm_metadata_keys": _with_score(node.excluded_llm_metadata_keys),
-            }
-        )
+    def _scores(self, candidate: NodeWithScore, relevance_score: float) -> dict[str, float | None]:
+        kept = {"retrieval_score": candidate.score} if self.keep_retrieval_score else {}
+        return {**kept, "relevance_score": relevance_score}
 
 
-def _with_score(keys: list[str]) -> list[str]:
-    return [*dict.fromkeys([*keys, _RETRIEVAL_SCORE])]
+def _with_metadata(node: BaseNode, further: dict[str, Any]) -> BaseNode:
+    """Return a copy of a node with further metadata, which no text shows."""
+    return node.model_copy(
+        update={
+            "metadata": {**node.metadata, **further},
+            "excluded_embed_metadata_keys": list(dict.fromkeys([*node.excluded_embed_metadata_keys, *further])),
+            "excluded_llm_metadata_keys": list(dict.fromkeys([*node.excluded_llm_metadata_keys, *further])),
+        }
+    )
 
 
 @dataclass(slots=True)

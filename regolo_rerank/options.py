@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
 from regolo_rerank._wire.checks import (
     API_KEY_VARIABLE,
     check_base_url,
@@ -89,17 +90,18 @@ class Options(BaseModel):
     """Results kept, the best first; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it; the default is a web search, as in Regolo's
-    API examples."""
+    """The task in a sentence, for prompt formats that have a place for it, in the query or in a field of its own; the
+    default is a web search, as in Regolo's API examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
-        | Annotated[Literal["auto", "tagged", "documented", "chat", "plain"], Tag("name")],
+        | Annotated[Literal["auto", "tagged", "documented", "chat", "server_template", "plain"], Tag("name")],
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
     """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
     for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
-    model scores lower, as Regolo's page says."""
+    model scores lower, as Regolo's page says; a server that has the model's template puts them in by itself, and gets
+    `server_template`."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
     """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
@@ -133,17 +135,22 @@ class Options(BaseModel):
     extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
     """Further JSON fields of the request."""
 
+    allow_substitutes: bool = Field(default=False, strict=True)
+    """Lets another model than `model` give a ranking, where the gateway has replaced one that fails: with a
+    `RerankSubstituteWarning`, for whole calls only, and never into the `cache`. A model's name is a promise in other
+    clients too, so by default such a reply is an `APIResponseError`; and regolo.ai is asked not to replace a model."""
+
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
     cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
-    """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
-    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
+    """Where scores are kept: a dict, `cachetools.LRUCache`, or any other mapping to floats. Only pairs that it does not
+    hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
     http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
         default=None, exclude=True, repr=False
@@ -156,8 +163,21 @@ class Options(BaseModel):
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+        __signature__ = OptionsSignature()
+
+        @classmethod
+        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+            super().__pydantic_init_subclass__(**kwargs)
+            if cls.__doc__:
+                cls.__doc__ = OptionsDocstring(cls.__doc__)
+
+        @classmethod
+        def __pydantic_on_complete__(cls) -> None:
+            super().__pydantic_on_complete__()
+            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
 
         def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            """Take the options, each of them checked."""
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
@@ -258,6 +278,16 @@ class Options(BaseModel):
                 return endpoint
         raise InvalidInputError(problem)
 
+    def fields_for(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Return the fields of a request to an endpoint besides those that the API names.
+
+        Args:
+            endpoint: Where requests go.
+        """
+        # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
+        refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
+        return refusal | self.format_for(endpoint).format_fields(self.instruction) | (self.extra_body or {})
+
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
 
@@ -272,7 +302,7 @@ class Options(BaseModel):
             return None
         key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
         if not key.get_secret_value():
-            if endpoint.demands_key:
+            if endpoint.is_regolo:
                 raise MissingAPIKeyError(
                     f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
                     f"api_key; to try without one, base_url='local://' scores on this machine"

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from io import BytesIO
 from numbers import Real
 from typing import Any, Final, NamedTuple
 
@@ -11,10 +10,11 @@ try:
     import numpy as np
     from matplotlib import rcParams
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
     from matplotlib.lines import Line2D
-    from PIL import Image
+
+    from regolo_rerank._display.evaluation_picture import evaluation_summary
+    from regolo_rerank._display.picture import Picture
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
@@ -23,7 +23,7 @@ from regolo_rerank._display.tables import aligned, clipped, harmless, shown_scor
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse, RerankResult
 
-__all__ = ["Picture", "rank_changes"]
+__all__ = ["Picture", "evaluation_summary", "rank_changes"]
 
 _LABEL_COLUMNS: Final = 36
 _CHART: Final = 3.6
@@ -38,18 +38,6 @@ _LEFT_TO_RIGHT: Final = "\N{LEFT-TO-RIGHT MARK}"
 """Around a name, so that one in Arabic or Hebrew keeps the numbers beside it in their place."""
 _NO_CHARACTER: Final = 0x10FFFF
 """Only a font of placeholders has a glyph for it."""
-
-
-class Picture(Figure):
-    """A Matplotlib figure that a notebook shows as an image, whether or not `pyplot` was ever imported."""
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        # Twice the pixels in the same place: sharp on the screens of today. A palette takes a quarter of the bytes, and
-        # notebooks are stored with their pictures.
-        image, small = BytesIO(), BytesIO()
-        self.savefig(image, format="png", dpi=2 * self.dpi)
-        Image.open(image).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-        return small.getvalue(), {"width": round(self.get_figwidth() * self.dpi)}
 
 
 _LOOKS: Final[dict[str, dict[str, Any]]] = {
@@ -100,7 +88,7 @@ def rank_changes(
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there
             are not as many labels as candidates.
 
-    Example:
+    Examples:
         >>> before = ["Rome is in Italy.", "Beijing is the capital of China."]
         >>> picture = rank_changes(before, before[::-1])
     """

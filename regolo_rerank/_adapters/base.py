@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -70,18 +70,27 @@ class AdapterOptions(Reranker):
     "return_input" gives the first `top_n` documents in their own order, without a score and with a
     `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
 
+    def _argument(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Return an argument of a call; one left None takes the object's option."""
+        given = arguments.get(name)
+        return getattr(self, name) if given is None else given
+
     def _outcome(
         self,
         query: str,
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
-        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
+        """Rank candidates by their `texts`, or fall back.
+
+        `scored` gives those that a ranking keeps, and `arguments` stand in for options in this call.
+        """
         try:
-            response = self._rank(query, texts(candidates))
+            response = self._rank(query, texts(candidates), **arguments)
         except RegoloError as error:
-            return self._fall_back(error, candidates)
+            return self._fall_back(error, candidates, arguments)
         return Outcome(scored(candidates, response), report_of(response))
 
     async def _aoutcome(
@@ -90,18 +99,19 @@ class AdapterOptions(Reranker):
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
         try:
-            response = await self._arank(query, texts(candidates))
+            response = await self._arank(query, texts(candidates), **arguments)
         except RegoloError as error:
-            return self._fall_back(error, candidates)
+            return self._fall_back(error, candidates, arguments)
         return Outcome(scored(candidates, response), report_of(response))
 
-    def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
+    def _fall_back(self, error: RegoloError, candidates: list[T], arguments: Mapping[str, Any]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
         if self.on_error == "raise" or not is_retryable(error):
             raise error
-        kept = candidates[: self.top_n]
+        kept = candidates[: self._argument("top_n", arguments)]
         report = report_of_failure(error, fallback=True)
         words = (
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "

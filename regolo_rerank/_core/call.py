@@ -12,7 +12,8 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
-from regolo_rerank._wire.messages import read_error, read_reply, request_id_of
+from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
+from regolo_rerank._wire.source import read_source, refuse_substitute
 from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
 from regolo_rerank.results import RerankResponse
 
@@ -43,7 +44,9 @@ class Call(Generic[Event]):
     def __init__(self, config: RequestConfig, query: str, documents: Iterable[str], done: Event) -> None:
         self.config = config
         self.done: Event = done
-        self.plan = Plan(check_query(query), check_documents(documents, str), config.options, config.prompt_format)
+        self.plan = Plan(
+            check_query(query), check_documents(documents, str), config.options, config.prompt_format, config.fields
+        )
         self._cache = _open_cache(config, self.plan.query)
         self._failure: BaseException | None = None
         self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
@@ -67,19 +70,23 @@ class Call(Generic[Event]):
             if isinstance(error, NotFoundError):
                 error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
             if isinstance(error, BadRequestError) and "context length" in str(error):
-                index, length = self.plan.find_longest(batch)
-                hint = f"the longest document sent is documents[{index}] with {length} characters"
-                error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
+                error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
-        self.plan.accept(batch, read_reply(body, response.headers, key), request_id, sent)
+        reply = read_reply(body, response.headers, key)
+        source = read_source(response.headers, reply, key)
+        if not self.config.options.allow_substitutes:
+            refuse_substitute(self.config.options.model, source)
+        self.plan.accept(batch, reply, source, sent)
         if self.plan.is_complete:
             self.done.set()
 
     def fail(self, error: BaseException) -> None:
         """End the call with the first final failure; what has not started never starts."""
         if not self.done.is_set():
-            # The frames of an error of ours hold all documents, and tell the caller nothing.
-            self._failure = error.with_traceback(None) if isinstance(error, RegoloError) else error
+            if isinstance(error, RegoloError):
+                # Its frames hold all documents, and what it was made from may hold the key.
+                error.__context__ = error.__traceback__ = None
+            self._failure = error
             self.done.set()
 
     def close(self) -> None:
@@ -109,7 +116,7 @@ def _open_cache(config: RequestConfig, query: str) -> ScoreCache | None:
         options.cache,
         str(config.endpoint.url),
         options.model,
-        sorted((options.extra_body or {}).items()),
+        sorted((name, value) for name, value in config.fields.items() if name != "disable_fallbacks"),
         name_scorer(options.scorer),
         config.prompt_format.document,
         config.prompt_format.escape,

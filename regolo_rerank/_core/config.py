@@ -8,6 +8,7 @@ from pydantic import SecretStr
 
 from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.local import SCORER_EXTENSION
+from regolo_rerank._wire.messages import new_name
 from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
@@ -38,6 +39,7 @@ class RequestConfig:
 
     Attributes:
         key: The key that requests carry, once `require_key` has found it.
+        fields: What requests say besides model, query, documents and top_n.
         timeout: Seconds for one attempt; None leaves that to the caller's client, or to a scorer on this machine.
         send_options: Arguments of the client's `send`.
 
@@ -57,6 +59,7 @@ class RequestConfig:
         self.callers_client = callers_client
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)
+        self.fields = options.fields_for(self.endpoint)
         self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}
@@ -88,7 +91,6 @@ class RequestConfig:
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
         build = httpx.Request if self.callers_client is None else self.callers_client.build_request
+        headers = new_name() | self._headers
         # Tools that watch httpx write into headers and extensions.
-        return build(
-            "POST", self.endpoint.url, content=content, headers=self._headers, extensions=dict(self._extensions)
-        )
+        return build("POST", self.endpoint.url, content=content, headers=headers, extensions=dict(self._extensions))

@@ -1,7 +1,6 @@
 """What the client and both adapters are: options, connections, and one way to rank texts, sync and async."""
 
 import asyncio
-import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
@@ -15,6 +14,7 @@ from regolo_rerank._core.call import Call
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.clients import Clients
+from regolo_rerank._transports.spread import Done
 from regolo_rerank._version import __version__
 from regolo_rerank.options import Options
 from regolo_rerank.results import RerankResponse
@@ -57,7 +57,7 @@ class Reranker(Options):
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         config = self._configure(arguments, self.http_client)
-        call = Call(config, query, documents, threading.Event())
+        call = Call(config, query, documents, Done())
         try:
             if not call.done.is_set():
                 threads.finish(call, self._client_for(config))

@@ -18,19 +18,26 @@ __all__ = ["RateLimitHold", "RetryState", "is_over_parallel_limit", "is_retryabl
 SPREAD: Final = 0.1
 """Seconds at random on top of a wait that the server named."""
 
-_LASTING: Final = (RuntimeError, httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
-"""Causes that stay: a client that is closed or of another event loop, a request that cannot be sent at all."""
+_LASTING: Final = (
+    RuntimeError,
+    httpx.LocalProtocolError,
+    httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+    httpx.DecodingError,
+)
+"""Causes that stay: a client that is closed or of another event loop, a request that cannot be sent at all, a reply
+compressed in a way that was not asked for."""
 
 
 def is_retryable(error: BaseException) -> bool:
     """Return whether an error may pass by itself: no connection, a timeout, 408, 429, 5xx, or an odd 2xx."""
-    if isinstance(error, APIConnectionError):
-        return not isinstance(error.__cause__, _LASTING)
+    if isinstance(error.__cause__, _LASTING):
+        return False
     if isinstance(error, APIResponseError):
         return error.code in {None, "408", "429"} or not error.code.startswith("4")
     if isinstance(error, APIStatusError) and error.type == "budget_exceeded":
         return False
-    return isinstance(error, RateLimitError | ServerError)
+    return isinstance(error, APIConnectionError | RateLimitError | ServerError)
 
 
 def is_over_parallel_limit(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._wire.body import ReplyBody
+from regolo_rerank._wire.body import READ, ReplyBody
 
 __all__ = ["FinishInOrder", "finish"]
 
@@ -162,4 +162,5 @@ class _Tasks:
                         body.add(chunk)
             finally:
                 await response.aclose()
+            response.stream = READ
         return Reply(response, body.content)

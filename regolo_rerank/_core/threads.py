@@ -11,7 +11,8 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._wire.body import ReplyBody
+from regolo_rerank._transports.spread import DONE_EXTENSION
+from regolo_rerank._wire.body import READ, ReplyBody
 from regolo_rerank.errors import APIConnectionError
 
 __all__ = ["finish", "finish_in_order"]
@@ -129,6 +130,7 @@ class _Threads:
             return None
         timeout = call.config.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
+        step.extensions[DONE_EXTENSION] = call.done
         response = self._client.send(step, **call.config.send_options)
         try:
             body = ReplyBody(response, deadline)
@@ -137,4 +139,5 @@ class _Threads:
                     body.add(chunk)
         finally:
             response.close()
+            response.stream = READ
         return Reply(response, body.content)

@@ -18,7 +18,7 @@ import httpx
 
 from regolo_rerank._transports.local import EmbeddedTransport
 from regolo_rerank._transports.spread import AsyncSpreadTransport, SpreadTransport
-from regolo_rerank._wire.endpoint import Endpoint
+from regolo_rerank._wire.endpoint import Endpoint, check_host
 from regolo_rerank.errors import APIConnectionError
 
 __all__ = ["Clients"]
@@ -172,7 +172,9 @@ def _proxy_for(url: httpx.URL) -> str | None:
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if not proxy or proxy_bypass(url.netloc.decode()):
         return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    check_host(httpx.URL(proxy))
+    return proxy
 
 
 @functools.cache

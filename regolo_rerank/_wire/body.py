@@ -6,12 +6,16 @@ from typing import Final
 
 import httpx
 
+from regolo_rerank._wire.messages import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
-__all__ = ["MAX_REPLY_BYTES", "ReplyBody"]
+__all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
-"""Bytes of a reply, decompressed, after which it is refused."""
+"""Bytes of a reply, as they come or decompressed, after which it is refused."""
+
+READ: Final = httpx.ByteStream(b"")
+"""What a reply has in place of its stream once it is read: that one refers back to the reply, and frees it late."""
 
 _GZIP: Final = 31
 """What zlib calls gzip."""
@@ -29,15 +33,18 @@ class ReplyBody:
         is_complete: Whether there is nothing to read, as in a reply that a mock has made.
 
     Raises:
-        APIResponseError: A 2xx is compressed in a way that was not asked for.
+        APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
+        if is_reply_to_another(response):  # its connection closes with its body unread
+            raise APIResponseError("the reply cannot be trusted: it belongs to another request")
         self.content = bytearray()
         self.is_complete = response.is_stream_consumed
         self._deadline = deadline
         self._is_success = response.is_success
         self._is_readable = True
+        self._received = 0
         self._gzip = None
         encoding = response.headers.get("content-encoding", "").strip().lower()
         if self.is_complete:
@@ -45,7 +52,7 @@ class ReplyBody:
         elif encoding in {"gzip", "x-gzip"}:
             self._gzip = zlib.decompressobj(_GZIP)
         elif encoding not in {"", "identity"}:
-            self._refuse(f"compressed as {encoding!r}, and only gzip was asked for")
+            self._refuse(f"compressed as {encoding!r}, and only gzip was asked for", httpx.DecodingError(encoding))
 
     def add(self, chunk: bytes) -> None:
         """Take in the next bytes.
@@ -56,6 +63,7 @@ class ReplyBody:
         """
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise TimeoutError
+        self._received += len(chunk)
         if self._gzip is not None:
             try:
                 chunk = self._gzip.decompress(chunk, MAX_REPLY_BYTES + 1 - len(self.content))
@@ -63,11 +71,13 @@ class ReplyBody:
                 self._refuse(f"not what its header says: {error}")
         if self._is_readable:
             self.content += chunk
-        if len(self.content) > MAX_REPLY_BYTES:
+        if max(self._received, len(self.content)) > MAX_REPLY_BYTES:
             raise APIResponseError(f"the reply cannot be trusted: it is larger than {MAX_REPLY_BYTES} bytes")
 
-    def _refuse(self, problem: str) -> None:
+    def _refuse(self, problem: str, cause: Exception | None = None) -> None:
         if self._is_success:
-            raise APIResponseError(f"the reply cannot be trusted: its body cannot be decompressed: {problem}")
+            raise APIResponseError(
+                f"the reply cannot be trusted: its body cannot be decompressed: {problem}"
+            ) from cause
         self._is_readable = False
         self.content.clear()

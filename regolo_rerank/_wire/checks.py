@@ -13,6 +13,7 @@ from regolo_rerank._wire.endpoint import read_base_url
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = [
+    "API_FIELDS",
     "API_KEY_VARIABLE",
     "check_base_url",
     "check_cache",
@@ -28,6 +29,9 @@ __all__ = [
 T = TypeVar("T")
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
+
+API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
+"""The fields of a request that the API names, each of them an argument here."""
 
 
 def check_base_url(base_url: str) -> str:
@@ -105,7 +109,7 @@ def check_text(text: str) -> str:
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return further fields of a request that are plain JSON."""
-    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
+    if ours := fields.keys() & API_FIELDS:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
         json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()

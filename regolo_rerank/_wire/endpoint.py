@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import httpx
 
-__all__ = ["BASE_URL_VARIABLE", "DEFAULT_BASE_URL", "Endpoint", "Scorer", "read_base_url"]
+__all__ = ["BASE_URL_VARIABLE", "DEFAULT_BASE_URL", "Endpoint", "Scorer", "check_host", "read_base_url"]
 
 BASE_URL_VARIABLE: Final = "REGOLO_BASE_URL"
 DEFAULT_BASE_URL: Final = "https://api.regolo.ai"
@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
     loopback: bool
 
     @property
-    def demands_key(self) -> bool:
+    def is_regolo(self) -> bool:
         """Whether this is Regolo's own service, which answers nobody without a key."""
         return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
 
@@ -40,13 +40,23 @@ def read_base_url(base_url: str) -> Endpoint:
         raise ValueError(str(error)) from None
     if url.scheme not in {"http", "https"}:
         raise ValueError("must start with https://, http:// or be local://")
-    if not url.host or " " in url.host:
-        raise ValueError("must name a host")
+    check_host(url)
     if url.userinfo or url.fragment:
         raise ValueError("must hold no user, password or fragment; a key goes into api_key")
-    path = url.path.rstrip("/")
-    url = url.copy_with(path=path if path.endswith("/rerank") else f"{path}/rerank")
-    return Endpoint(url, embedded=False, loopback=_is_loopback(url.host))
+    path, mark, parameters = url.raw_path.partition(b"?")  # as it is: `%2F` is not `/`
+    path = path.rstrip(b"/").removesuffix(b"/rerank") + b"/rerank"
+    return Endpoint(url.copy_with(raw_path=path + mark + parameters), embedded=False, loopback=_is_loopback(url.host))
+
+
+def check_host(url: httpx.URL) -> None:
+    """Raise ValueError where no connection can be opened to a URL's host and port."""
+    host = url.raw_host.decode().removesuffix(".")
+    if not host or " " in host:
+        raise ValueError("must name a host")
+    if len(host) > 253 or not all(0 < len(label) < 64 for label in host.split(".")):
+        raise ValueError("must name a host whose labels have 1 to 63 characters, 253 in all")
+    if url.port is not None and not 0 < url.port < 65_536:
+        raise ValueError("must name a port from 1 to 65535")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """What it means that no complete reply came."""
 
 import logging
+from typing import Final
 
 import httpx
 from pydantic import SecretStr
@@ -9,6 +10,9 @@ from regolo_rerank._wire.messages import mask
 from regolo_rerank.errors import APIConnectionError, APITimeoutError, RegoloError
 
 __all__ = ["translate_error"]
+
+_BELOW: Final = {"aiohttp", "anyio", "h11", "httpcore"}
+"""Packages below an httpx client, of which an error may come through it as it is."""
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -22,7 +26,8 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
         secret: The API key; where the server quotes it, "***" is shown.
 
     Raises:
-        Exception: The error itself, where it is none of httpx: a mistake in a hook of the caller's client, say.
+        Exception: The error itself, where it is neither of httpx nor of what lies below it: a mistake in a hook of the
+            caller's client, say.
     """
     if isinstance(error, RegoloError):
         return error.with_traceback(None)
@@ -37,6 +42,8 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
             f"the http client cannot be used: {words} An httpx client that was passed must be open, and an async one "
             f"belongs to the event loop that it was first used in"
         )
+    elif type(error).__module__.partition(".")[0] in _BELOW:
+        return APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
     else:
         raise error
     # Its frames, its request and what it comes from may hold the key.

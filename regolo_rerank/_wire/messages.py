@@ -7,20 +7,44 @@ The shapes are those of Regolo's API page and of recorded exchanges with the gat
 import json
 import math
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = ["Reply", "Request", "Result", "encode", "mask", "read_error", "read_reply", "repair", "request_id_of"]
+__all__ = [
+    "Reply",
+    "Request",
+    "Result",
+    "advise_on_length",
+    "encode",
+    "is_reply_to_another",
+    "mask",
+    "new_name",
+    "parse_number",
+    "read_error",
+    "read_reply",
+    "repair",
+    "request_id_of",
+]
 
 _CLIP: Final = 2_000
+
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_NAME: Final = "regolo_rerank-"
+"""How the names of this package's requests begin."""
+_CONTEXT_LENGTH: Final = re.compile(r"context length is (\d{1,9})")
+_USUAL_CONTEXT: Final = 4_096
+_CHARACTERS_A_TOKEN: Final = 2
+"""Fewer than in European languages, which have three to four: the tags, the query and the instruction need room too."""
 
 
 class Request(BaseModel):
@@ -54,6 +78,7 @@ class Reply(BaseModel):
     """The JSON of a reply."""
 
     id: Any = None
+    model: Any = None
     results: list[Result]
     meta: Any = None
     usage: Any = None
@@ -66,6 +91,7 @@ class Reply(BaseModel):
             ("usage", "total_tokens"),
             ("usage", "prompt_tokens"),
             ("meta", "billed_units", "total_tokens"),
+            ("meta", "billed_units", "input_tokens"),
             ("meta", "tokens", "input_tokens"),
         ):
             value = _find({"usage": self.usage, "meta": self.meta}, *place)
@@ -93,9 +119,26 @@ def repair(value: Any) -> Any:
     return value
 
 
+def new_name() -> dict[str, str]:
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+
+
+def is_reply_to_another(response: httpx.Response) -> bool:
+    """Return whether a reply has the name of another request of this package.
+
+    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
+    """
+    return "network_stream" in response.extensions and any(
+        (name := response.headers.get(header, "")).startswith(_NAME)
+        and response.request.headers.get(header, "") not in name
+        for header in _NAME_HEADERS
+    )
+
+
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return _clean(headers.get("x-litellm-call-id") or headers.get("x-request-id"), secret)
+    return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
@@ -155,6 +198,23 @@ def read_error(
     )
 
 
+def advise_on_length(problem: str, index: int, length: int) -> str:
+    """Return what to do where a document is over the model's context.
+
+    Args:
+        problem: The server's words, which in vLLM's case name the limit.
+        index: The longest document's place in the caller's list.
+        length: Its characters.
+    """
+    found = _CONTEXT_LENGTH.search(problem)
+    tokens = int(found[1]) if found else _USUAL_CONTEXT
+    return (
+        f"the longest document sent is documents[{index}] with {length} characters; to cut what is scored, start with "
+        f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
+        f"where the server takes it, as vLLM does"
+    )
+
+
 def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
     """Return a body as text, clipped, and what it says of an error, both without the key."""
     text = mask(body.decode("utf-8", "replace"), secret)
@@ -169,8 +229,8 @@ def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Rep
     """Return a reply that does not quote the key in what callers see of it."""
     if not any(quoted.encode() in body for quoted in _spell(secret)):
         return reply
-    seen = json.loads(mask(json.dumps([reply.id, reply.meta]), secret))
-    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+    seen = {"id": reply.id, "model": reply.model, "meta": reply.meta}
+    return reply.model_copy(update=json.loads(mask(json.dumps(seen), secret)))
 
 
 def _spell(secret: SecretStr | None) -> set[str]:
@@ -237,7 +297,7 @@ _TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
-    waits = [_parse_number(headers.get("retry-after-ms", ""), 0.001), _parse_number(headers.get("retry-after", ""))]
+    waits = [parse_number(headers.get("retry-after-ms", ""), 0.001), parse_number(headers.get("retry-after", ""))]
     if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
@@ -245,11 +305,12 @@ def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
         with suppress(ValueError):
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
-        waits.append(_parse_number(found[1]))
+        waits.append(parse_number(found[1]))
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
-def _parse_number(text: str, unit: float = 1.0) -> float | None:
+def parse_number(text: str, unit: float = 1.0) -> float | None:
+    """Return the number from 0 that a header holds; None where it holds none."""
     try:
         seconds = float(text) * unit
     except ValueError:

@@ -195,6 +195,19 @@ def test_rerank_takes_model_and_top_n_for_one_call(call: Call, reranker: RegoloR
     assert (reranker.model, reranker.top_n) == ("Qwen3-Reranker-4B", 5)
 
 
+def test_rerank_takes_the_task_of_one_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """An instruction stands in for the option in this call, wherever the format puts it."""
+    for prompt_format in ("tagged", "server_template"):
+        reranker.prompt_format = prompt_format
+        call(reranker.rerank, documents(), "q", instruction="Find recipes")
+        call(reranker.rerank, documents(), "q")
+    tagged, by_default, in_a_field, in_a_field_by_default = [request.json for request in stub.received]
+    assert tagged["query"] == "<Instruct>: Find recipes\n<Query>: q"
+    assert by_default["query"] == f"<Instruct>: {reranker.instruction}\n<Query>: q"
+    assert (in_a_field["query"], in_a_field["instruction"]) == ("q", "Find recipes")
+    assert in_a_field_by_default["instruction"] == reranker.instruction
+
+
 @pytest.mark.parametrize(
     ("document", "problem"),
     [

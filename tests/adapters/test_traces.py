@@ -11,7 +11,7 @@ from langchain_core.documents import Document
 from langchain_core.load import dumps
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+from llama_index.core.callbacks import CallbackManager, EventPayload, LlamaDebugHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.schema import NodeWithScore, TextNode
@@ -36,7 +36,33 @@ def test_usage_adds_up_over_requests(
     handler = Handler()
     rerank(adapter, handler=handler)
     told = handler.told[-1][-1] if isinstance(adapter, LangChainRerank) else events[-1].model_dump()
-    assert told["usage"] == {"total_tokens": None if shape == "none" else 21, "requests": 4}
+    assert told["usage"] == {"total_tokens": None if shape == "none" else 21, "requests": 4, "cost": None}
+
+
+def test_whoever_is_told_gets_lists_of_its_own(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
+    """A handler that changes what it is shown, while the call goes on or after it, changes nothing of the ranking."""
+    handler, debug = Handler(), LlamaDebugHandler(print_trace_on_end=False)
+    if isinstance(adapter, LlamaIndexRerank):
+        adapter.callback_manager = CallbackManager([debug])
+
+    def shown() -> list[list[Any]]:
+        payloads = [event.payload or {} for event in debug.get_events()]
+        return [told["documents"] for _, _, told in handler.told] + [
+            payload[EventPayload.NODES] for payload in payloads
+        ]
+
+    def reply(request: Received) -> Reply:
+        (given,) = shown()
+        given.reverse()
+        return scored(request)
+
+    stub.reply = reply
+    kept = rerank(adapter, handler=handler)
+    _, came_out = shown()
+    came_out.clear()
+    found = [(item.page_content, item.metadata["relevance_score"]) for item in kept if isinstance(item, Document)]
+    found += [(item.text, item.score) for item in kept if isinstance(item, NodeWithScore)]
+    assert found == [("b score=0.9", 0.9), ("c score=0.5", 0.5)]
 
 
 def too_long(request: Received) -> Reply:
@@ -54,7 +80,10 @@ def test_a_document_that_is_too_long_is_named_and_can_be_cut(rerank: Rerank, ada
     given: list[Any] = [Document(text) for text in texts]
     if isinstance(adapter, LlamaIndexRerank):
         given = [NodeWithScore(node=TextNode(text=text)) for text in texts]
-    said = r"the longest document sent is documents\[5\] with 42 characters; the option max_document_chars cuts"
+    said = (
+        r"the longest document sent is documents\[5\] with 42 characters; .* max_document_chars=8192, .* "
+        r"extra_body={\"truncate_prompt_tokens\": 4096}"
+    )
     with pytest.raises(BadRequestError, match=said):
         rerank(adapter, given)
     adapter.max_document_chars = 20

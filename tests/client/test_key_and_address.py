@@ -66,10 +66,14 @@ def test_the_key_does_not_go_over_plain_http(rank: Rank) -> None:
         ("/rerank/", "/rerank"),
         ("/custom-model/v1", "/custom-model/v1/rerank"),
         ("/v1?tag=a", "/v1/rerank?tag=a"),
+        ("/team%2Fa/v1", "/team%2Fa/v1/rerank"),
+        ("/%2525/%E9/", "/%2525/%E9/rerank"),
+        ("/a%3Fb%23c%0A?d=%2F", "/a%3Fb%23c%0A/rerank?d=%2F"),
+        ("/ü x", "/%C3%BC%20x/rerank"),
     ],
 )
 def test_a_base_url_may_end_in_many_ways(rank: Rank, stub: Stub, suffix: str, path: str) -> None:
-    """With or without /v1, /rerank and slashes, requests reach the same place."""
+    """With or without /v1, /rerank and slashes, requests reach the same place, and the path stays as it is written."""
     rank(RegoloClient(KEY, base_url=f" {stub.url}{suffix} "), "q", ["a"])
     assert stub.received[0].path == path
 
@@ -80,9 +84,10 @@ def test_the_environment_names_the_server(rank: Rank, stub: Stub, monkeypatch: p
     monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
     rank(client, "q", ["a"])
     assert len(stub.received) == 1
-    monkeypatch.setenv("REGOLO_BASE_URL", "ftp://x")
-    with pytest.raises(InvalidInputError, match="REGOLO_BASE_URL: must start with"):
-        rank(client, "q", ["a"])
+    for wrong, problem in (("ftp://x", "must start with"), ("http://x:99999", "must name a port"), ("http://", "host")):
+        monkeypatch.setenv("REGOLO_BASE_URL", wrong)
+        with pytest.raises(InvalidInputError, match=f"REGOLO_BASE_URL: .*{problem}"):
+            rank(client, "q", ["a"])
 
 
 def test_headers_of_the_callers_own_go_along(rank: Rank, stub: Stub) -> None:
@@ -110,7 +115,11 @@ def test_other_hosts_are_reached_through_the_environments_proxy(
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("HTTPS_PROXY", "nonsense://x"),
+        *(
+            ("HTTPS_PROXY", proxy)
+            for proxy in ("nonsense://x", "http://", "http://h:x", "http://h:65536", "http://a..b")
+        ),
+        *(("ALL_PROXY", proxy) for proxy in (f"{'a' * 64}:80", "h:99999999999999999999", "\x01")),
         pytest.param(
             *("SSL_CERT_FILE", "/nonexistent"),
             marks=pytest.mark.skipif(httpx.__version__ < "0.28", reason="httpx 0.27 ignores a file that is not there"),

@@ -1,14 +1,17 @@
+import asyncio
 import gzip
 import itertools
 import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 
 from regolo_rerank import (
@@ -25,9 +28,25 @@ from regolo_rerank import (
     RegoloError,
     ServerError,
 )
+from tests.conftest import KEY
 from tests.support.entries import KINDS, Entry
-from tests.support.faults import Fault, FaultServer, bomb, changed, endless, http, ranking, sends, stalls, trickles
+from tests.support.faults import (
+    Fault,
+    FaultServer,
+    bomb,
+    changed,
+    endless,
+    endless_after,
+    http,
+    ranking,
+    sends,
+    stalls,
+    trickles,
+)
 from tests.support.inside import allow_replies_of, back_off_for
+from tests.support.modes import Call
+from tests.support.stub import Received, Reply, Stub, pairs
+from tests.support.stub import score as stub_score
 
 TEXTS = ["a score=0.25", "b score=0.75", "", "c score=0.5", "b score=0.75"]
 RANKED = [(1, 0.75), (4, 0.75), (3, 0.5), (0, 0.25), (2, 0.0)]
@@ -65,6 +84,20 @@ def scored(value: str) -> Case:
     return response(APIResponseError, body)
 
 
+def squeezed(mebibytes: int) -> bytes:
+    """Return so many mebibytes, compressed twice to next to nothing."""
+    return gzip.compress(gzip.compress(b" " * mebibytes * 1024 * 1024, 6), 9)
+
+
+UNBOUNDED = {
+    "gzip, gzip": squeezed(8),
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "br": b"\x06",
+    "deflate": zlib.compress(BODY),
+    "gzip, identity": gzip.compress(BODY),
+}
+"""Codings that nobody asked for, each with a body."""
+
 CASES: dict[str, Case] = {
     # the connection
     "closed before headers": Case(sends(b""), APIConnectionError),
@@ -87,7 +120,17 @@ CASES: dict[str, Case] = {
     "broken gzip": response(APIResponseError, b"\x1f\x8b broken", content_encoding="gzip"),
     "truncated gzip": response(APIResponseError, gzip.compress(BODY)[:-12], content_encoding="gzip"),
     "endless": Case(endless, APIResponseError),
+    "endless behind gzip": Case(endless_after(gzip.compress(BODY), content_encoding="gzip"), APIResponseError),
+    "endless in no gzip": Case(endless_after(b"", 500, content_encoding="zstd"), APIResponseError),
+    "identity": response(None, BODY, content_encoding="Identity"),
+    "x-gzip": response(None, gzip.compress(BODY), content_encoding="x-gzip"),
     "gzip bomb": Case(bomb(8), APIResponseError),
+    **{
+        f"compressed as {coding}": Case(
+            sends(http(body, content_encoding=coding)), APIResponseError, passing=False, timeout=2.0
+        )
+        for coding, body in UNBOUNDED.items()
+    },
     "content-length too long": response(APIConnectionError, BODY, content_length=str(len(BODY) + 9)),
     "content-length too short": response(APIResponseError, BODY, content_length=str(len(BODY) - 9)),
     "content-length no number": Case(
@@ -136,6 +179,13 @@ CASES: dict[str, Case] = {
     "score missing": Case(changed(lambda reply: reply["results"][0].pop("relevance_score")), APIResponseError),
     "another request's": Case(
         sends(http(json.dumps(ranking({"documents": ["x score=1", "y score=2", "z score=3"]})).encode())),
+        APIResponseError,
+    ),
+    "one echo of another": Case(changed(lambda reply: reply["results"][2].update(document="x")), APIResponseError),
+    "one echo empty": Case(changed(lambda reply: reply["results"][2].update(document={"text": ""})), APIResponseError),
+    "one echo beside none": Case(changed(lambda reply: reply["results"][2].update(document=None)), None),
+    "indices mixed up": Case(
+        changed(lambda reply: [result.update(index=(result["index"] + 1) % 3) for result in reply["results"]] and None),
         APIResponseError,
     ),
     "a list": response(APIResponseError, "[1, 2]"),
@@ -263,3 +313,38 @@ def test_a_reply_left_over_on_a_connection_is_not_the_next_ones(mode: str) -> No
         with entry.opened() as client:
             assert entry.rank(client, TEXTS) == RANKED
             assert entry.rank(client, TEXTS) == RANKED
+
+
+@pytest.mark.parametrize("header", ["x-litellm-call-id", "x-request-id"])
+@pytest.mark.parametrize("callers", [False, True])
+def test_a_reply_to_another_request_is_known_by_its_name(call: Call, stub: Stub, header: str, *, callers: bool) -> None:
+    """Where a server gives back the names of requests, its second reply to one is not the next one's, echo or not."""
+    wrong = json.dumps({"results": [{"index": index, "relevance_score": index} for index in range(3)]}).encode()
+
+    def reply(request: Received) -> Reply:
+        results = [
+            {"index": index, "relevance_score": stub_score(text)} for index, text in enumerate(request.documents)
+        ]
+        named = {header: request.headers[header]}
+        surplus = http(wrong, 200, connection="keep-alive", **named) if len(stub.received) == 1 else b""
+        return Reply({"results": results}, headers=named, surplus=surplus)
+
+    stub.reply = reply
+
+    async def acalled() -> list[list[tuple[int, float]]]:
+        async with (
+            httpx.AsyncClient() as own,
+            RegoloClient(KEY, base_url=stub.url, async_http_client=own if callers else None) as client,
+        ):
+            return [pairs((await client.arerank("q", TEXTS)).results) for _ in range(3)]
+
+    def called() -> list[list[tuple[int, float]]]:
+        with (
+            httpx.Client() as own,
+            RegoloClient(KEY, base_url=stub.url, http_client=own if callers else None) as client,
+        ):
+            return [pairs(client.rerank("q", TEXTS).results) for _ in range(3)]
+
+    assert (called() if call.mode == "sync" else asyncio.run(acalled())) == [RANKED] * 3
+    assert (len(stub.received), stub.connections) == (4, 2)
+    assert len({request.headers[header] for request in stub.received}) == 4

@@ -49,6 +49,13 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"base_url": "ftp://host"}, r"base_url\n  must start with https://.* got str"),
         ({"base_url": "api.regolo.ai"}, r"base_url\n  must start with https://"),
         ({"base_url": "https://"}, r"base_url\n  must name a host"),
+        ({"base_url": "https://a..b"}, r"base_url\n  must name a host whose labels"),
+        ({"base_url": f"https://{'a' * 64}.b"}, r"base_url\n  must name a host whose labels"),
+        ({"base_url": f"https://{'a.' * 127}b"}, r"base_url\n  must name a host whose labels"),
+        ({"base_url": "https://host:0"}, r"base_url\n  must name a port from 1 to 65535"),
+        ({"base_url": "https://host:65536"}, r"base_url\n  must name a port from 1 to 65535"),
+        ({"base_url": "https://host:99999999999999999999"}, r"base_url\n  must name a port from 1 to 65535"),
+        ({"base_url": f"https://host/{'a' * 70_000}"}, r"base_url\n  URL too long"),
         ({"base_url": "local"}, r"base_url\n  must start with https://"),
         ({"base_url": "local:/"}, r"base_url\n  "),
         ({"base_url": "https://[::1"}, r"base_url\n  "),
@@ -180,7 +187,7 @@ def test_dumps_hold_neither_key_nor_clients() -> None:
     assert RegoloClient.model_validate_json(client.model_dump_json()).model_dump() == dump
 
 
-def test_a_scorer_takes_the_place_of_the_lexical_one(rank: Rank) -> None:
+def test_a_scorer_takes_the_place_of_the_embedded_one(rank: Rank) -> None:
     """A (query, documents) -> scores function scores on local://, pickled ones included."""
     client = pickle.loads(pickle.dumps(RegoloClient(base_url="local://", scorer=brackets)))  # noqa: S301 - our own bytes
     assert [result.index for result in rank(client, "q", ["a", "((", "("]).results] == [1, 2, 0]

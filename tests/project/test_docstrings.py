@@ -1,4 +1,5 @@
 import ast
+import doctest
 import inspect
 import re
 import textwrap
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from regolo_rerank import RegoloError
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from regolo_rerank.plot import rank_changes
 from tests.support.public import (
     CLASSES,
     OPTIONS,
@@ -89,3 +91,13 @@ def test_a_number_has_a_unit() -> None:
     assert len(numbers) >= 9
     descriptions = descriptions_of(LangChainRerank)
     assert [name for name in numbers if not any(unit in descriptions[name].lower() for unit in UNITS)] == []
+
+
+@pytest.mark.parametrize("thing", [*CLASSES, rank_changes])
+def test_examples_are_true(thing: Any) -> None:
+    """Each example gives what it says, in a section that the API page shows as code."""
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(thing, thing.__name__):
+        assert bool(test.examples) == bool(re.search("^ *Examples:$", test.docstring or "", re.MULTILINE)), test.name
+        runner.run(test)
+    assert not runner.summarize(verbose=False).failed

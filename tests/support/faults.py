@@ -76,12 +76,20 @@ def trickles(head: bytes, body: bytes, pause: float) -> Fault:
     return fault
 
 
-def endless(connection: socket.socket, _request: dict[str, Any]) -> None:
-    """Send a body that never ends, until the client hangs up."""
-    connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-    chunk = b"%x\r\n" % 65_536 + b" " * 65_536 + b"\r\n"
-    while True:
-        connection.sendall(chunk)
+def endless_after(begin: bytes, status: int = 200, **headers: str) -> Fault:
+    """Send a body that begins so and never ends, until the client hangs up."""
+
+    def fault(connection: socket.socket, _request: dict[str, Any]) -> None:
+        head = http(b"", status, transfer_encoding="chunked", **headers).replace(b"content-length: 0\r\n", b"")
+        connection.sendall(head + (b"%x\r\n" % len(begin) + begin + b"\r\n" if begin else b""))
+        chunk = b"%x\r\n" % 65_536 + b" " * 65_536 + b"\r\n"
+        while True:
+            connection.sendall(chunk)
+
+    return fault
+
+
+endless = endless_after(b"")
 
 
 def bomb(mebibytes: int) -> Fault:

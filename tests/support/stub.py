@@ -44,6 +44,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     """Seconds before the reply is sent."""
+    surplus: bytes = b""
+    """What is sent behind it, together with its end."""
 
     def encoded(self) -> bytes:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
@@ -85,7 +87,7 @@ def together(count: int) -> Callable[[Received], Reply]:
 
 def results(*pairs: tuple[Any, Any], **fields: Any) -> dict[str, Any]:
     """Return the JSON of a reply with these (index, score) pairs."""
-    ranked = [{"index": index, "relevance_score": value, "document": {"text": "…"}} for index, value in pairs]
+    ranked = [{"index": index, "relevance_score": value, "document": None} for index, value in pairs]
     return {"id": "stub-1", "results": ranked, "meta": None, **fields}
 
 
@@ -144,6 +146,10 @@ class Stub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Accept nobody any more."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -187,7 +193,7 @@ class Stub:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(content + reply.surplus)
 
             def log_message(self, *_: Any) -> None:
                 pass

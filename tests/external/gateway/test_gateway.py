@@ -14,7 +14,7 @@ from regolo_rerank import AuthenticationError, BadRequestError, RateLimitError, 
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import Rank
-from tests.external.gateway.conftest import WINDOW, Gateway
+from tests.external.gateway.conftest import OPEN, WINDOW, Gateway
 from tests.support.stub import Reply, Stub, error, pairs, scored
 
 if importlib.util.find_spec("litellm") is None:
@@ -22,7 +22,6 @@ if importlib.util.find_spec("litellm") is None:
 
 pytestmark = pytest.mark.timeout(180)  # the first test waits for the gateway to start
 
-OPEN = "sk-open-0"
 QUERY = "Qual è la capitale della Cina? 中国的首都"
 TEXTS = ["Rome\nis in Italy", "Beijing 北京 🐉", "pizza", 'a "quoted" {brace} \\n', "pizza", "torta \x00 dolce"]
 MANY = [f"document {number}" for number in range(1000)]
@@ -86,12 +85,14 @@ def test_the_ranking_is_the_one_of_the_server_behind_it(ranked: Ranked, gateway:
 
 
 def test_each_request_has_the_gateways_name(rank: Rank, gateway: Gateway) -> None:
-    """`request_ids` holds what the gateway calls each request, and an error names its own."""
+    """`request_ids` holds what the gateway calls each request, as it was asked to; an error names its own."""
     with RegoloClient(OPEN, base_url=gateway.url, batch_size=2) as client:
         request_ids = rank(client, QUERY, MANY[:6]).request_ids
         with pytest.raises(BadRequestError) as caught:
             rank(client, QUERY, TEXTS, model="no-such-model")
-    assert len({UUID(request_id) for request_id in [*request_ids, str(caught.value.request_id)]}) == 4
+    names = [*request_ids, str(caught.value.request_id)]
+    assert len({UUID(name.removeprefix("regolo_rerank-")) for name in names}) == 4
+    assert all(name.startswith("regolo_rerank-") for name in request_ids)
 
 
 def test_a_wrong_key_is_refused(rank: Rank, gateway: Gateway, upstream: Stub) -> None:
