@@ -301,7 +301,8 @@ async def _aopen_calls(
 
 def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | InvalidInputError:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {type(pair).__name__}")
+        given = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
+        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {given}")
     try:
         return Call(config, pair[0], pair[1], done)
     except InvalidInputError as error:

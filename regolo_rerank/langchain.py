@@ -182,10 +182,10 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             documents_key: Where it has the documents.
 
         Returns:
-            A runnable from `{"query": ..., "documents": ...}` to the documents that are kept, natively async too. Each
-            call is a run of its own, with name, tags, metadata and callbacks from its configuration. `invoke`, `bind`
-            and `configurable_fields` take what `RegoloClient.rerank` takes for one call: top_n, model, instruction,
-            score_threshold, extra_body.
+            A runnable that takes a dict with `query` and `documents` and gives the documents that are kept, natively
+            async too. Each call is a run of its own, with name, tags, metadata and callbacks from its configuration.
+            `invoke`, `bind` and `configurable_fields` take what `RegoloClient.rerank` takes for one call, which is
+            top_n, model, instruction, score_threshold and extra_body.
 
         Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()

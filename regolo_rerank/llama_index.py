@@ -116,7 +116,9 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
         """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
         if query_bundle is None:
-            raise InvalidInputError("Missing query bundle in extra info.")
+            raise InvalidInputError(
+                "Missing query bundle in extra info. Pass query_str, or query_bundle=QueryBundle(...)."
+            )
         if not isinstance(query_bundle, QueryBundle):
             kind = type(query_bundle).__name__
             raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")

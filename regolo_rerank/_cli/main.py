@@ -1,4 +1,4 @@
-"""The command line: `rank` for texts, `bulk` for many queries, `evaluate` and `demo` to see what reranking brings.
+"""The command line: `rank` for texts, `bulk` for many queries, `evaluate`, `check` and `demo` to see what is what.
 
 Frameworks and the client are imported by the command that needs them, so that `--help` comes at once.
 """
@@ -64,6 +64,12 @@ queries that gained and lost the most. Several prompt formats, instructions and
 models are set side by side.
 """
 
+_CHECK: Final = """\
+See whether key, address, model and prompt format work, by about twenty small
+requests, and which line of code to use. What it prints holds nothing of the
+key, so that it can go into a bug report.
+"""
+
 _EPILOG: Final = """\
 examples:
   regolo-rerank rank "capital of China" cities.txt --top-n 3
@@ -71,6 +77,7 @@ examples:
   regolo-rerank rank --local "capital of China" cities.txt
   regolo-rerank bulk queries.jsonl rankings.jsonl --top-n 10
   regolo-rerank evaluate judged.jsonl --cache scores.db --picture gain.png
+  regolo-rerank check --base-url http://localhost:8000/v1
   regolo-rerank demo
 
 The API key is read from the environment variable REGOLO_API_KEY, and never from
@@ -200,6 +207,16 @@ def _parsers() -> tuple[Parser, Parser]:
     evaluate.add_argument("--max-document-chars", type=int, metavar="N", help="longer documents are cut")
     add_server(evaluate)
 
+    check = commands.add_parser(
+        "check",
+        help="see whether key, address, model and prompt format work",
+        description=_CHECK,
+        argument_default=argparse.SUPPRESS,
+    )
+    check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
+    _add_ranker(check)
+
     demo = commands.add_parser(
         "demo",
         help="see what reranking changes, on the documentation of Python's standard library",
@@ -216,6 +233,11 @@ def _add_options(parser: Parser) -> None:
     """Add the options of the client."""
     parser.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
     parser.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    _add_ranker(parser)
+
+
+def _add_ranker(parser: Parser) -> None:
+    """Add the options that say who ranks, and to which task."""
     parser.add_argument("--model", metavar="NAME", help="the reranking model")
     parser.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
     add_server(parser)
@@ -270,6 +292,12 @@ def _evaluate(file: str, **arguments: Any) -> int:
     if "prompt_format" in variants:
         variants["prompt_format"] = [name.strip() for names in variants["prompt_format"] for name in names.split(",")]
     return run_evaluation(file, variants=variants, **arguments)
+
+
+def _check(**arguments: Any) -> int:
+    from regolo_rerank._cli.check import run_check
+
+    return run_check(**arguments)
 
 
 def _demo(base_url: str | None = None) -> int:

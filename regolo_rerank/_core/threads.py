@@ -106,7 +106,9 @@ class _Threads:
         while (job := self._queue.get()) is not None:
             try:
                 self._rank(job)
-            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            except BaseException as error:
+                if job.call.done.is_set() and not isinstance(error, Exception):
+                    raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
             self._progress.set()
 

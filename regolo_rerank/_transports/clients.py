@@ -21,7 +21,7 @@ from regolo_rerank._transports.spread import AsyncSpreadTransport, SpreadTranspo
 from regolo_rerank._wire.endpoint import Endpoint, check_host
 from regolo_rerank.errors import APIConnectionError
 
-__all__ = ["Clients"]
+__all__ = ["Clients", "proxy_for"]
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ def _close(transport: httpx.BaseTransport, pid: int) -> None:
 
 def _open(kind: Callable[..., T], endpoint: Endpoint) -> T:
     try:
-        proxy = None if endpoint.loopback else _proxy_for(endpoint.url)
+        proxy = proxy_for(endpoint)
         secure = endpoint.url.scheme == "https" or proxy is not None
         # Plain http without a proxy meets no certificate.
         verify = _ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -166,11 +166,11 @@ def _open(kind: Callable[..., T], endpoint: Endpoint) -> T:
     raise APIConnectionError(problem)
 
 
-def _proxy_for(url: httpx.URL) -> str | None:
-    """Return the environment's proxy for a URL: httpx leaves that to whoever brings a transport."""
+def proxy_for(endpoint: Endpoint) -> str | None:
+    """Return the environment's proxy for an endpoint: httpx leaves that to whoever brings a transport."""
     proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(url.netloc.decode()):
+    proxy = proxies.get(endpoint.url.scheme) or proxies.get("all")
+    if endpoint.loopback or not proxy or proxy_bypass(endpoint.url.netloc.decode()):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     check_host(httpx.URL(proxy))

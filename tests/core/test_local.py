@@ -111,7 +111,10 @@ def test_a_scorer_takes_the_time_it_takes(rank: Rank) -> None:
     ("scorer", "message"),
     [
         (lambda _query, _documents: [1.0], "one finite number a document, gave 1 scores for 3"),
-        (lambda _query, documents: [float("nan") for _ in documents], "one finite number a document"),
+        (
+            lambda _query, _documents: [1.0, float("nan"), 2.0],
+            r"document, gave nan for documents\[1\] of the request",
+        ),
         (lambda _query, documents: ["x" for _ in documents], "it raised ValueError"),
         (lambda _query, _documents: None, "it raised TypeError"),
         (fails, "it raised KeyError: 'weights'"),

@@ -1,11 +1,16 @@
 import importlib.util
+import json
+from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from regolo_rerank import BadRequestError, RegoloClient
 from tests.conftest import Rank
 from tests.external.gateway.conftest import OPEN, Gateway
+from tests.support.inside import main
+from tests.support.models import concatenating, templating
 from tests.support.stub import Received, Reply, Stub, error, pairs, results
 
 if importlib.util.find_spec("litellm") is None:
@@ -92,3 +97,33 @@ def test_not_every_gateway_passes_the_field_on(rank: Rank, client: RegoloClient,
     client.extra_body = {"truncate_prompt_tokens": 8}
     with pytest.raises(BadRequestError, match="context length"):
         rank(client, "q", LONG, model="Qwen3-Reranker-4B")
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "right"),
+    [
+        ("vllm", templating, "server_template"),
+        ("vllm", concatenating, "chat"),
+        ("Qwen3-Reranker-4B", concatenating, "chat"),
+    ],
+)
+def test_the_check_finds_the_right_format_through_the_gateway(
+    model: str,
+    answer: Callable[[Received], Reply],
+    right: str,
+    gateway: Gateway,
+    upstream: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`regolo-rerank check` says what the server behind the gateway does, and what the gateway tells of itself."""
+    upstream.reply = answer
+    monkeypatch.setenv("REGOLO_API_KEY", OPEN)
+    assert main(["check", "--json", "--base-url", gateway.url, "--model", model]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["verdict"]["prompt_format"], report["verdict"]["agree"]) == (right, True)
+    assert report["model"] == {"asked": model, "answered": model}
+    assert report["key"] == {"set": True, "from": "REGOLO_API_KEY", "accepted": True}
+    assert str(UUID(report["request_id"])) == report["request_id"]
+    assert report["usage"]["requests"] == len(upstream.received) == 20
+    assert report["usage"]["cost"] == 0.0
