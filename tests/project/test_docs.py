@@ -12,7 +12,7 @@ from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
 from regolo_rerank.options import Options
-from tests.support.corpus import TEXTS, Everything, index
+from tests.support.corpus import TEXTS, Everything, Llm, chat_model, index
 from tests.support.inside import main
 from tests.support.public import CLASSES, fields_of, methods_of, parameters_of
 
@@ -26,6 +26,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LlamaIndex's own agents
 @pytest.mark.parametrize("code", EXAMPLES.values(), ids=list(EXAMPLES))
 def test_every_example_runs(
     code: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -35,7 +36,12 @@ def test_every_example_runs(
         pytest.importorskip("ray", reason="tests/external/ray runs it")
     monkeypatch.setenv("REGOLO_BASE_URL", "local://")
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
-    names: dict[str, Any] = {"my_retriever": Everything(), "index": index()}
+    names: dict[str, Any] = {
+        "my_retriever": Everything(),
+        "my_model": chat_model(),
+        "index": index(),
+        "my_llm": Llm(),
+    }
     exec(compile(code, "example.py", "exec"), names)  # noqa: S102 - our own text
     printed = capsys.readouterr().out
     if said := re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE):
