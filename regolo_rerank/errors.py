@@ -18,6 +18,7 @@ Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns w
 `cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.
 """
 
+from types import TracebackType
 from typing import Any
 
 __all__ = [
@@ -157,6 +158,18 @@ class RerankFallbackWarning(UserWarning):
 class RerankSubstituteWarning(UserWarning):
     """Another model than was asked for gave a ranking, and `allow_substitutes=True` took it."""
 
+
+class _EndsHere:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        if traceback is not None and isinstance(error, RegoloError):
+            traceback.tb_next = None
+
+
+ends_here = _EndsHere()
+"""`with ends_here:` lets an error of a call show its caller's line, and none of the frames that it came through."""
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     400: BadRequestError,

@@ -21,7 +21,7 @@ from pydantic import SecretStr, model_validator
 from regolo_rerank._adapters.base import AdapterOptions, Outcome
 from regolo_rerank._adapters.spans import show_inputs, show_outputs
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             RegoloError: See `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
                 `RerankFallbackWarning` instead.
         """
-        return self._traced(documents, query, _config(callbacks))
+        with ends_here:
+            return self._traced(documents, query, _config(callbacks))
 
     async def acompress_documents(
         self,
@@ -124,7 +125,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         callbacks: Callbacks | None = None,
     ) -> list[Document]:
         """Return what `compress_documents` does, without blocking the event loop."""
-        return await self._atraced(documents, query, _config(callbacks))
+        with ends_here:
+            return await self._atraced(documents, query, _config(callbacks))
 
     def rerank(
         self,
@@ -150,8 +152,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Raises:
             RegoloError: See `RegoloClient.rerank`; `on_error` does not apply, since indices need scores.
         """
-        ranking = self._rank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
-        return _as_dicts(ranking)
+        with ends_here:
+            ranking = self._rank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
+            return _as_dicts(ranking)
 
     async def arerank(
         self,
@@ -163,23 +166,25 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         instruction: str | None = None,
     ) -> list[RankedIndex]:
         """Rank as `rerank` does, without blocking the event loop."""
-        ranking = await self._arank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
-        return _as_dicts(ranking)
+        with ends_here:
+            ranking = await self._arank(
+                query, self._texts(documents), model=model, top_n=top_n, instruction=instruction
+            )
+            return _as_dicts(ranking)
 
     def as_runnable(
         self, *, query_key: str = "query", documents_key: str = "documents"
     ) -> "RunnableSerializable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
-        Args:
-            query_key: Where the step's input has the query.
-            documents_key: Where it has the documents.
+        It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
+        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
+        other inputs. By `invoke`, `bind` or `configurable_fields` it takes what `RegoloClient.rerank` takes for one
+        call: top_n, model, instruction, score_threshold and extra_body.
 
-        Returns:
-            A runnable from `{"query": ..., "documents": ...}` to what `compress_documents` returns, and async as
-            `acompress_documents` is. Each call is a run of its own, with name, tags, metadata and callbacks from its
-            configuration. `invoke`, `bind` and `configurable_fields` take what `RegoloClient.rerank` takes for one
-            call: top_n, model, instruction, score_threshold, extra_body.
+        Args:
+            query_key: Where its input has the query.
+            documents_key: Where its input has the documents.
 
         Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()

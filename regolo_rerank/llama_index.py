@@ -20,7 +20,7 @@ from pydantic import model_validator
 from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
 from regolo_rerank._adapters.spans import show_report
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse, Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
@@ -56,6 +56,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     its two forms, and returns min(N, top_n) copies at most, the best first. Their `score` is the relevance score, and
     so is `relevance_score` in their metadata, which the next postprocessor leaves alone, and which neither the LLM nor
     an embedding model sees. The caller's own are never changed. `apostprocess_nodes` is the same, natively async.
+    `callback_manager`, for handlers of LlamaIndex's older kind, is an option too.
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
@@ -100,7 +101,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
+        with ends_here, self._reported(nodes, query_bundle) as run:
             run.outcome = self._outcome(run.query, run.nodes, self._texts, self._scored)
         return run.outcome.kept
 
@@ -108,7 +109,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
+        with ends_here, self._reported(nodes, query_bundle) as run:
             run.outcome = await self._aoutcome(run.query, run.nodes, self._texts, self._scored)
         return run.outcome.kept
 
@@ -116,7 +117,9 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
         """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
         if query_bundle is None:
-            raise InvalidInputError("Missing query bundle in extra info.")
+            raise InvalidInputError(
+                "Missing query bundle in extra info. Pass query_str, or query_bundle=QueryBundle(...)."
+            )
         if not isinstance(query_bundle, QueryBundle):
             kind = type(query_bundle).__name__
             raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")

@@ -4,9 +4,7 @@
 argument of a single call is checked by the option that it stands in for.
 """
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, MutableMapping
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -26,7 +24,6 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
 from regolo_rerank._wire.checks import (
@@ -39,6 +36,7 @@ from regolo_rerank._wire.checks import (
     check_text,
     client_check,
     dump_key,
+    explain,
     read_environment_key,
 )
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
@@ -181,21 +179,21 @@ class Options(BaseModel):
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
-                problem = _explain(error, type(self))
+                problem = explain(error, type(self))
             else:
                 return
-            # A mistyped `apikey=` must not show in a traceback with locals.
-            del api_key, options
+            # A mistyped `apikey=` must not show in a traceback with locals, which misses what is deleted.
+            api_key = options = None
             raise problem
 
         def __setattr__(self, name: str, value: Any) -> None:
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                problem = _explain(error, type(self))
+                problem = explain(error, type(self))
             else:
                 return
-            del value
+            value = None
             raise problem
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -213,7 +211,7 @@ class Options(BaseModel):
         problem = _assign(copied, update or {})
         if problem is None:
             return copied
-        del update
+        update = None
         raise problem
 
     def _part_from_original(self) -> None:
@@ -340,35 +338,3 @@ def _assign(options: Options, values: Mapping[str, Any]) -> ValidationError | No
     except ValidationError as error:
         return error.with_traceback(None)
     return None
-
-
-def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
-    """Return the same error with the type of each refused value in words, and the value itself left out."""
-    lines = []
-    for line in error.errors(include_url=False, include_context=False):
-        reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
-        if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
-            reason = _describe_unknown(cls, str(loc[0]))
-        elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
-            reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
-        # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
-        short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
-        shown = f" ({value!r})" if short else ""
-        problem = PydanticCustomError(
-            line["type"],
-            "{reason}, got {kind}",
-            {"reason": reason, "kind": f"{_name_type(value)}{shown}"},
-        )
-        lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
-    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
-
-
-def _name_type(value: object) -> str:
-    """Return the name of a value's type, and where it comes from: libraries call their types alike."""
-    package, name = type(value).__module__.partition(".")[0], type(value).__name__
-    return name if package == "builtins" else f"{package}.{name}"
-
-
-def _describe_unknown(cls: type[BaseModel], name: str) -> str:
-    close = difflib.get_close_matches(name, cls.model_fields, n=1)
-    return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"

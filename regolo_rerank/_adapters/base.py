@@ -118,6 +118,6 @@ class AdapterOptions(Reranker):
             f"order: {report['error']}"
         )
         # Python shows a warning once; the log has each.
-        _log.warning(words)
+        _log.warning("regolo_rerank: %s", words)
         warnings.warn(words, RerankFallbackWarning, stacklevel=2)
         return Outcome(kept, report)

@@ -7,7 +7,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from pydantic import BaseModel, SkipValidation, create_model
 
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 
 __all__ = ["Step"]
 
@@ -48,7 +48,8 @@ class Step(RunnableSerializable[Any, list[Document]]):
         **kwargs: Any,
     ) -> list[Document]:
         """Rerank `{"query": ..., "documents": ...}` in a run of its own, with the arguments of one call."""
-        return self.rerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
+        with ends_here:
+            return self.rerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
 
     async def ainvoke(
         self,
@@ -57,7 +58,8 @@ class Step(RunnableSerializable[Any, list[Document]]):
         **kwargs: Any,
     ) -> list[Document]:
         """Do the same without blocking the event loop."""
-        return await self.arerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
+        with ends_here:
+            return await self.arerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
 
     def _read(self, candidates: Any) -> tuple[Any, Any]:
         if isinstance(candidates, dict) and candidates.keys() >= {self.query_key, self.documents_key}:

@@ -74,4 +74,4 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is
-        _log.warning("a trace is incomplete: %s: %s", type(error).__name__, error)
+        _log.warning("regolo_rerank: a trace is incomplete: %s: %s", type(error).__name__, error)

@@ -14,7 +14,7 @@ from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
 from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
 from regolo_rerank._wire.source import read_source, refuse_substitute
-from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
+from regolo_rerank.errors import BadRequestError, RegoloError
 from regolo_rerank.results import RerankResponse
 
 __all__ = ["Call", "Event"]
@@ -66,13 +66,11 @@ class Call(Generic[Event]):
         request_id = request_id_of(response.headers, key)
         _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
         if not response.is_success:
-            error = read_error(response.status_code, body, response.headers, key)
-            if isinstance(error, NotFoundError):
-                error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
+            error = read_error(response.status_code, body, response.headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
                 error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
-        reply = read_reply(body, response.headers, key)
+        reply = read_reply(body, response.headers, key, url)
         source = read_source(response.headers, reply, key)
         if not self.config.options.allow_substitutes:
             refuse_substitute(self.config.options.model, source)

@@ -11,6 +11,7 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
+from regolo_rerank._transports.spread import DONE_EXTENSION
 from regolo_rerank._wire.body import READ, ReplyBody
 from regolo_rerank.errors import APIConnectionError
 
@@ -105,7 +106,9 @@ class _Threads:
         while (job := self._queue.get()) is not None:
             try:
                 self._rank(job)
-            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            except BaseException as error:
+                if job.call.done.is_set() and not isinstance(error, Exception):
+                    raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
             self._progress.set()
 
@@ -129,6 +132,7 @@ class _Threads:
             return None
         timeout = call.config.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
+        step.extensions[DONE_EXTENSION] = call.done
         response = self._client.send(step, **call.config.send_options)
         try:
             body = ReplyBody(response, deadline)

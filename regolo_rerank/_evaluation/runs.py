@@ -77,7 +77,7 @@ class Run:
         thresholds = self._thresholds()
         usages = [response.usage for response in self.responses.values()]
         tokens = [usage.total_tokens for usage in usages if usage.total_tokens is not None]
-        costs = [cost for usage in usages if (cost := getattr(usage, "cost", None)) is not None]
+        costs = [usage.cost for usage in usages if usage.cost is not None]
         return Variant(
             name=name,
             measures=dict(zip(MEASURES, _measures(self.before, self.after), strict=True)),

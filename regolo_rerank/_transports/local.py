@@ -61,11 +61,14 @@ def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]
         raise
     except Exception as error:
         raise InvalidInputError(f"scorer: it raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(documents) or not all(map(math.isfinite, scores)):
-        raise InvalidInputError(
-            f"scorer: must give one finite number a document, gave {len(scores)} scores for {len(documents)}"
-        )
-    return scores
+    if len(scores) != len(documents):
+        problem = f"{len(scores)} scores for {len(documents)}"
+    elif not all(map(math.isfinite, scores)):
+        index = next(index for index, score in enumerate(scores) if not math.isfinite(score))
+        problem = f"{scores[index]} for documents[{index}] of the request"
+    else:
+        return scores
+    raise InvalidInputError(f"scorer: must give one finite number a document, gave {problem}")
 
 
 class EmbeddedTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):

@@ -4,16 +4,23 @@ An httpcore pool looks through all of its requests and connections whenever one 
 once takes more time than all else. Where encode/httpcore#1035 is mended, a plain `httpx.HTTPTransport` does as well.
 """
 
+import socket
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import httpx
 
-__all__ = ["AsyncSpreadTransport", "SpreadTransport"]
+__all__ = ["DONE_EXTENSION", "AsyncSpreadTransport", "Done", "SpreadTransport"]
 
-P = TypeVar("P", httpx.HTTPTransport, httpx.AsyncHTTPTransport)
+P = TypeVar("P", "_Pool", httpx.AsyncHTTPTransport)
+
+DONE_EXTENSION: Final = "regolo_rerank.done"
+"""Key of the request's extension that holds the `Done` of its call."""
 
 KEEPALIVE: Final = 60.0
 """Seconds that an idle connection is kept."""
@@ -60,7 +67,59 @@ class _Spread(Generic[P]):
         return dropped
 
 
-class SpreadTransport(_Spread[httpx.HTTPTransport], httpx.BaseTransport):
+class Done(threading.Event):
+    """The end of a sync call, which wakes the threads that still wait for its replies: it shuts their sockets down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pools: set[_Pool] = set()
+        self._lock = threading.Lock()
+
+    def set(self) -> None:
+        """End the call."""
+        super().set()
+        with self._lock:
+            for pool in self._pools:
+                pool.shut_down()
+
+    def hold(self, pool: "_Pool") -> None:
+        """Watch over a pool that sends a request of the call."""
+        with self._lock:
+            self._pools.add(pool)
+            if self.is_set():
+                pool.shut_down()
+
+    def release(self, pool: "_Pool") -> None:
+        """Leave a pool alone from here on: it may send another call's request next."""
+        with self._lock:
+            self._pools.discard(pool)
+
+
+class _Pool(httpx.HTTPTransport):
+    """A pool that knows the network stream of its connection, as httpx's extensions tell it."""
+
+    stream: Any = None
+
+    def note(self, done: Done, event: str, info: dict[str, Any]) -> None:
+        """Take the stream from what the extension `trace` tells of a connection."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self.stream = info["return_value"]
+            done.hold(self)
+
+    def shut_down(self) -> None:
+        """Wake whoever reads from the connection in another thread."""
+        if self.stream is not None:
+            with suppress(OSError):  # it is closed already
+                # The method of the bare socket: that of one with TLS takes it from under its reader.
+                socket.socket.shutdown(self.stream.get_extra_info("socket"), socket.SHUT_RDWR)
+
+    def hang_up(self) -> None:
+        """Close the connection past the pool's lock, which an interrupt may have left locked."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
     """Sends each request over a pool that no other request uses meanwhile.
 
     Args:
@@ -68,20 +127,26 @@ class SpreadTransport(_Spread[httpx.HTTPTransport], httpx.BaseTransport):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(httpx.HTTPTransport, **settings)
+        super().__init__(_Pool, **settings)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
         pool = self._take()
+        done: Done = request.extensions.get(DONE_EXTENSION) or Done()
+        if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it will open a new connection
+            request.extensions["trace"] = partial(pool.note, done)
+        done.hold(pool)
         try:
             response = pool.handle_request(request)
         except BaseException:
-            pool.close()  # a connection that was interrupted is not used again
+            done.release(pool)
+            pool.hang_up()  # a connection that was interrupted is not used again
             raise
-        response.stream = _Body(response.stream, pool, self._done)
+        pool.stream = response.extensions.get("network_stream")
+        response.stream = _Body(response.stream, pool, done, self._done)
         return response
 
-    def _done(self, pool: httpx.HTTPTransport) -> None:
+    def _done(self, pool: _Pool) -> None:
         for dropped in self._give_back(pool):
             dropped.close()
 
@@ -123,21 +188,29 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
 class _Body(httpx.SyncByteStream):
     """The body of a reply, whose end frees its pool."""
 
-    def __init__(self, stream: Any, pool: httpx.HTTPTransport, done: Callable[[httpx.HTTPTransport], None]) -> None:
+    def __init__(self, stream: Any, pool: _Pool, done: Done, give_back: Callable[[_Pool], None]) -> None:
         self._stream = stream
         self._pool = pool
         self._done = done
+        self._give_back = give_back
+        self._is_broken = False
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._stream)
+        try:
+            yield from self._stream
+        except BaseException:
+            self._is_broken = True
+            raise
 
     def close(self) -> None:
+        end = self._pool.hang_up
         try:
-            self._stream.close()
-        except BaseException:
-            self._pool.close()
-            raise
-        self._done(self._pool)
+            if not self._is_broken:
+                self._stream.close()
+                end = partial(self._give_back, self._pool)
+        finally:
+            self._done.release(self._pool)
+            end()
 
 
 class _AsyncBody(httpx.AsyncByteStream):

@@ -18,6 +18,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
+from regolo_rerank._wire.checks import API_KEY_VARIABLE
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
 __all__ = [
@@ -141,13 +142,19 @@ def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -
     return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
 
 
-def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
+def read_reply(
+    body: bytes | bytearray,
+    headers: Mapping[str, str],
+    secret: SecretStr | None = None,
+    url: httpx.URL | None = None,
+) -> Reply:
     """Read the body of a 2xx.
 
     Args:
         body: The body's bytes, decompressed.
         headers: The reply's headers, their names in any case.
         secret: The API key; where the server quotes it, "***" is shown.
+        url: Where the request went; with it, the error says what to do.
 
     Raises:
         APIResponseError: The body is not what the API promises.
@@ -162,6 +169,8 @@ def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: Secr
             return reply if secret is None else _mask_reply(secret, reply, body)
         problem = "an error in place of results"
     text, details = _read_error_text(body, secret)
+    if url is not None and text.lstrip().startswith("<"):
+        problem = f"a web page has answered at {url}, and not the API: see base_url"
     raise APIResponseError(
         f"the reply cannot be trusted: {details.get('message') or problem}",
         request_id=request_id_of(headers, secret),
@@ -171,7 +180,11 @@ def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: Secr
 
 
 def read_error(
-    status_code: int, body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None
+    status_code: int,
+    body: bytes | bytearray,
+    headers: Mapping[str, str],
+    secret: SecretStr | None = None,
+    url: httpx.URL | None = None,
 ) -> APIStatusError:
     """Return the error that a reply outside 2xx stands for.
 
@@ -180,6 +193,7 @@ def read_error(
         body: The body's bytes: JSON of any shape, HTML, plain text or nothing.
         headers: The reply's headers, their names in any case.
         secret: The API key; where the server quotes it, "***" is shown.
+        url: Where the request went; with it, the error says what to do.
     """
     text, details = _read_error_text(body, secret)
     message = details.get("message") or _strip_tags(text) or "the server gives no reason"
@@ -189,7 +203,7 @@ def read_error(
     where = f"HTTP {status_code}" + (f", request {request_id}" if request_id else "")
     return error_for_status(
         status_code,
-        f"{message[:_CLIP]} [{where}]",
+        f"{message[:_CLIP]} [{where}]{_advise(status_code, secret, url)}",
         request_id=request_id,
         code=details.get("code"),
         type=details.get("type"),
@@ -213,6 +227,16 @@ def advise_on_length(problem: str, index: int, length: int) -> str:
         f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
         f"where the server takes it, as vLLM does"
     )
+
+
+def _advise(status_code: int, secret: SecretStr | None, url: httpx.URL | None) -> str:
+    """Return what the caller can do about a status."""
+    if url is None or status_code not in {401, 404, 405}:
+        return ""
+    if status_code == 401:
+        todo = "set" if secret is None else "check"
+        return f"; {todo} the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
+    return f"; nothing to rerank with at {url}: see base_url"
 
 
 def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:

@@ -132,7 +132,10 @@ def test_an_empty_list_sends_nothing(call: Call, reranker: RegoloRerank, stub: S
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ([Document("a"), "b"], r"documents\[1\]: must be Document, got str"),
+        (
+            [Document("a"), "b"],
+            r"documents\[1\]: must be Document, got str; pass Document\(.*, or call rerank",
+        ),
         ([Document("a"), None], r"documents\[1\]: must be Document, got NoneType"),
         ("text", r"documents: must be a list of Document, got str"),
         ({Document: 1}, r"documents: must be a list of Document, got dict"),

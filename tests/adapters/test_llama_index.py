@@ -158,7 +158,7 @@ def test_the_relevance_score_outlives_the_next_postprocessor(call: Call, reranke
 
 def test_a_missing_query_is_refused(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """The error has the words of LlamaIndex's own rerankers, and is a ValueError as theirs is."""
-    with pytest.raises(InvalidInputError, match=r"^Missing query bundle in extra info\.$") as refused:
+    with pytest.raises(InvalidInputError, match=r"^Missing query bundle in extra info\. Pass query_str, or") as refused:
         call(reranker.postprocess_nodes, candidates(), query_str=None)
     assert isinstance(refused.value, ValueError)
     assert stub.received == []
@@ -168,6 +168,7 @@ def test_a_missing_query_is_refused(call: Call, reranker: RegoloRerank, stub: St
     ("given", "problem"),
     [
         ([candidates()[0], TextNode(text="b")], r"nodes\[1\]: must be NodeWithScore, got TextNode"),
+        (["b"], r"nodes\[0\]: must be NodeWithScore, got str; pass NodeWithScore\(node=TextNode\(text=...\)\), or"),
         ("text", r"nodes: must be a list of NodeWithScore, got str"),
     ],
 )

@@ -103,7 +103,7 @@ def test_requests_and_retries_are_in_the_log(
     said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "regolo_rerank"]
     assert [level for level, _ in said] == ["DEBUG", "WARNING", "DEBUG"]
     assert "answered 500 to 3 documents" in said[0][1]
-    assert re.match(r"attempt 1 failed, next in \d\.\d\d s: ServerError: try again", said[1][1])
+    assert re.match(r"regolo_rerank: attempt 1 failed, next in \d\.\d\d s: ServerError: try again", said[1][1])
     assert "answered 200 to 3 documents" in said[2][1]
 
 

@@ -11,7 +11,7 @@ from regolo_rerank._cli.demo import SHOWN
 from regolo_rerank._cli.main import main
 from regolo_rerank.evaluation import evaluate, example_queries
 from tests.conftest import KEY
-from tests.support.stub import Stub, error
+from tests.support.stub import Received, Reply, Stub, error, scored
 
 QUERIES = {query["relevant"][0]: query for query in example_queries()}
 REQUESTS = 2 * len(SHOWN) + len(QUERIES)
@@ -146,6 +146,18 @@ def test_a_failure_of_the_service_ends_the_demo_in_one_line(at_stub: Stub, capsy
     at_stub.always(error("no", 401))
     assert main(["demo"]) == 1
     assert capsys.readouterr().err == "regolo-rerank: no [HTTP 401]\n"
+
+
+def test_a_question_that_fails_is_told(at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with one of the hundred leaves the figures of the others."""
+    question = next(query["query"] for module, query in QUERIES.items() if module not in SHOWN)
+
+    def one_fails(request: Received) -> Reply:
+        return error("too long", 400) if question in request.json["query"] else scored(request)
+
+    at_stub.reply = one_fails
+    assert main(["demo"]) == 0
+    assert "1 of the questions failed and count nowhere." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

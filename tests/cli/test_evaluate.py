@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from regolo_rerank._cli.main import main
+from regolo_rerank._cli.scores import kept_scores
 from tests.conftest import KEY
 from tests.support.stub import Stub, error
 
@@ -189,3 +190,13 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["evaluate", judged, "--local", *arguments]) == 2
     assert f'pip install "regolo_rerank[{extra}]"' in capsys.readouterr().err
+
+
+def test_a_file_of_scores_is_a_mapping(tmp_path: Path) -> None:
+    """What was kept is there when the file is opened again, and what was not is a KeyError."""
+    with kept_scores(tmp_path / "scores.db") as scores:
+        scores["pair"] = 0.25
+    with kept_scores(tmp_path / "scores.db") as scores:
+        assert (scores["pair"], scores.get("pair"), scores.get("other", 1.0)) == (0.25, 0.25, 1.0)
+        with pytest.raises(KeyError):
+            _ = scores["other"]

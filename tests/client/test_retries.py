@@ -1,9 +1,14 @@
+import asyncio
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from regolo_rerank import APIStatusError, AuthenticationError, RateLimitError, RegoloClient, ServerError
 from tests.conftest import KEY, Rank
+from tests.support.entries import KINDS, Entry, Reranker, aranked, ranked
 from tests.support.inside import back_off_for
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored, texts
 
@@ -139,3 +144,44 @@ def test_a_failed_call_says_nothing_more(stub: Stub, caplog: pytest.LogCaptureFi
     time.sleep(0.3)
     assert len(stub.received) == 2
     assert "attempt" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::regolo_rerank.errors.RerankFallbackWarning")
+def test_a_request_that_others_hold_back_ends_in_time(entry: Entry, stub: Stub) -> None:
+    """A limit that stays ends every call within max_retry_seconds, also one that was never sent, or makes it fall back.
+
+    The clock starts when the request could have been sent.
+    """
+    stub.always(Reply({"error": "slow down"}, 429, {"retry-after": "0.4"}))
+    falls_back = {"on_error": "return_input"} if entry.kind is KINDS["llama_index"] else {}
+    took: list[float] = []
+
+    @contextmanager
+    def refused() -> Iterator[None]:
+        started = time.monotonic()
+        with nullcontext() if falls_back else pytest.raises(RateLimitError, match="slow down"):
+            yield
+        took.append(time.monotonic() - started)
+
+    def call(reranker: Reranker, number: int) -> None:
+        time.sleep(0.05 * number)
+        with refused():
+            ranked(reranker, [f"a{number}"])
+
+    async def acall(reranker: Reranker, number: int) -> None:
+        await asyncio.sleep(0.05 * number)
+        with refused():
+            await aranked(reranker, [f"a{number}"])
+
+    async def all_refused(reranker: Reranker) -> None:
+        await asyncio.gather(*(acall(reranker, number) for number in range(16)))
+
+    with entry.opened(max_retries=50, max_retry_seconds=0.6, **falls_back) as reranker:
+        if entry.mode == "async":
+            asyncio.run(all_refused(reranker))
+        else:
+            with ThreadPoolExecutor(16) as threads:
+                list(threads.map(lambda number: call(reranker, number), range(16)))
+    assert len(took) == 16
+    assert max(took) < 2
+    assert len(stub.received) < 40

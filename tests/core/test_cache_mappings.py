@@ -139,7 +139,7 @@ def test_a_mapping_that_fails_is_a_warning(
             with pytest.warns(RerankCacheWarning) as caught:
                 assert pairs(rank(client, "q", TEXTS).results) == EXPECTED
             assert [str(warning.message) for warning in caught] == [said]
-            assert caplog.messages == [said] * count
+            assert caplog.messages == [f"regolo_rerank: {said}"] * count
             assert {record.levelno for record in caplog.records} == {logging.WARNING}
     assert sent(stub) == dict.fromkeys(TEXTS, 2)
 

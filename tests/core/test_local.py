@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from regolo_rerank import InvalidInputError, RegoloClient
 from regolo_rerank._transports.local import answer
-from regolo_rerank._transports.scorer import _model, embedded_scores
+from regolo_rerank._transports.scorer import embedded_scores
 from tests.conftest import Rank
+from tests.support.inside import forget_word_vectors
 from tests.support.stub import Reply, Stub, pairs
 
 QUERY = "capital of China"
@@ -110,7 +111,10 @@ def test_a_scorer_takes_the_time_it_takes(rank: Rank) -> None:
     ("scorer", "message"),
     [
         (lambda _query, _documents: [1.0], "one finite number a document, gave 1 scores for 3"),
-        (lambda _query, documents: [float("nan") for _ in documents], "one finite number a document"),
+        (
+            lambda _query, _documents: [1.0, float("nan"), 2.0],
+            r"document, gave nan for documents\[1\] of the request",
+        ),
         (lambda _query, documents: ["x" for _ in documents], "it raised ValueError"),
         (lambda _query, _documents: None, "it raised TypeError"),
         (fails, "it raised KeyError: 'weights'"),
@@ -242,7 +246,7 @@ def test_the_vectors_are_read_once_by_threads_at_once(monkeypatch: pytest.Monkey
         return real(path)
 
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
-    _model.cache_clear()
+    forget_word_vectors()
     with ThreadPoolExecutor(8) as threads:
         scores = list(threads.map(lambda _: tuple(embedded_scores(QUERY, DOCUMENTS)), range(8)))
     assert len(reads) == 1
@@ -275,7 +279,7 @@ def test_nothing_is_fetched_or_left_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["tokenizers", "safetensors.numpy"])
 def test_without_its_packages_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded scorer names the extra that brings it, and the way round it."""
-    _model.cache_clear()
+    forget_word_vectors()
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InvalidInputError, match=r"regolo_rerank\[local\].*scorer"):
         embedded_scores(QUERY, DOCUMENTS)

@@ -201,6 +201,21 @@ def test_variants_stand_side_by_side() -> None:
     assert "bad beside good: nDCG@10 -" in str(evaluation)
 
 
+def test_variants_that_answered_no_query_in_common_are_not_compared(stub: Stub) -> None:
+    """Where each of two fails on what the other answers, there is nothing to set side by side."""
+
+    def one_each(request: Received) -> Reply:
+        fails = request.json["query"] == request.json["model"]
+        return error("too long", 400) if fails else scored(request)
+
+    stub.reply = one_each
+    clients = {name: RegoloClient(KEY, base_url=stub.url, model=name, prompt_format="plain") for name in ("a", "b")}
+    evaluation = evaluate([judged([0.1, 0.9], [1], "a"), judged([0.1, 0.9], [1], "b")], clients)
+    assert [list(variant.failed) for variant in evaluation.variants] == [[0], [1]]
+    assert [variant.over_first for variant in evaluation.variants] == [None, None]
+    assert "b beside a" not in str(evaluation)
+
+
 def test_every_candidate_is_scored_and_the_client_stays_as_it_is() -> None:
     """The client's own top_n and threshold are not in force, and are so afterwards; it can go on being used."""
     narrow = client(top_n=1, score_threshold=0.5)

@@ -67,5 +67,5 @@ def test_a_half_is_the_middle_of_right_and_wrong(local: RegoloClient) -> None:
             for result in response.results:
                 answers = query["documents"][result.index]["id"] in query["relevant"]
                 (right if answers else wrong).append(result.relevance_score)
-    assert sum(score > 0.5 for score in right) / len(right) > 0.65
+    assert sum(score > 0.5 for score in right) / len(right) > 0.55
     assert sum(score < 0.5 for score in wrong) / len(wrong) > 0.75

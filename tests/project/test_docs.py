@@ -14,10 +14,13 @@ import pytest
 from llama_index.core import Settings as LlamaIndexSettings
 from llama_index.core.llms import MockLLM
 
+from regolo_rerank import RegoloClient
+from regolo_rerank.evaluation import evaluate, example_queries
 from regolo_rerank.options import Options
-from tests.support.corpus import TEXTS, Everything, index
+from tests.support.corpus import TEXTS, Everything, Llm, chat_model, index
 from tests.support.inside import main
 from tests.support.public import CLASSES, OPTIONS, PUBLIC, fields_of, methods_of, parameters_of
+from tests.support.rerankers import MODULES
 from tests.support.stores import redis_server
 
 ROOT = Path(__file__).parents[2]
@@ -34,15 +37,18 @@ EXAMPLES = {
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What examples find around them: their reader's retriever and index, settings, and a folder to write to."""
     monkeypatch.setenv("REGOLO_BASE_URL", "local://")
+    for name, module in MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(LlamaIndexSettings, "_llm", MockLLM())
     monkeypatch.chdir(tmp_path)
     log = logging.getLogger("regolo_rerank")
     with redis_server("fakeredis") as url:
         monkeypatch.setenv("REDIS_URL", url)
-        yield {"my_retriever": Everything(), "index": index()}
+        yield {"my_retriever": Everything(), "my_model": chat_model(), "index": index(), "my_llm": Llm()}
     log.setLevel(logging.NOTSET)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LlamaIndex's own agents
 @pytest.mark.parametrize("code", EXAMPLES.values(), ids=list(EXAMPLES))
 def test_every_example_runs(
     code: str,
@@ -86,6 +92,24 @@ def test_the_bulk_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert out == said
 
 
+def test_the_evaluate_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are judged queries, its command measures them, and what it shows is what the 100 questions come to."""
+    blocks = dict(re.findall(r"^```(json|bash|text)\n(.*?)^```$", PAGES["docs/evaluate.md"], re.DOTALL | re.MULTILINE))
+    (tmp_path / "judged.jsonl").write_text(blocks["json"], "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REGOLO_BASE_URL", "local://")
+    assert main(shlex.split(blocks["bash"])[1:]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"judged.jsonl", "scores.db", "gain.png"}
+    assert without_time(blocks["text"]).startswith("100 queries with something relevant")
+    if sys.version_info[:2] == (3, 11):  # whose docstrings were asked
+        assert without_time(blocks["text"]) == without_time(f"{evaluate(example_queries(), RegoloClient())}\n")
+
+
+def without_time(text: str) -> str:
+    """Leave out how long it took."""
+    return re.sub(r"[\d.]+ seconds", "", text)
+
+
 COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGES["docs/cli.md"], re.DOTALL | re.MULTILINE)
 
 
@@ -115,6 +139,7 @@ def test_no_code_of_the_documentation_is_left_out() -> None:
     run = {path: sum(name.startswith(f"{path} ") for name in EXAMPLES) for path in PAGES}
     run["README.md"] += 2  # the first is run in the demo's tests, the second runs all of them
     run["docs/bulk.md"] += 4
+    run["docs/evaluate.md"] += 3
     run["docs/cli.md"] += 5
     run["docs/index.md"] += 2  # to install, and to set the key
     for path, text in PAGES.items():
@@ -173,7 +198,8 @@ def test_the_api_page_has_everything_public(site: Path) -> None:
     anchors = set(re.findall(r'<h\d id="(regolo_rerank[\w.]+)"', page))
     words = set(re.findall(r"\w+", re.sub(r"<[^>]+>", "", page)))
     shared = {f"regolo_rerank.options.Options.{name}" for name in [*OPTIONS, "model_copy"]} & anchors
-    expected = {"regolo_rerank.options.Options", "regolo_rerank.plot.rank_changes"} | shared
+    functions = "evaluation.evaluate", "evaluation.example_queries", "plot.evaluation_summary", "plot.rank_changes"
+    expected = {"regolo_rerank.options.Options", *(f"regolo_rerank.{name}" for name in functions)} | shared
     for cls in PUBLIC:
         path = next(iter({f"{cls.__module__}.{cls.__name__}", f"regolo_rerank.{cls.__name__}"} & anchors), "missing")
         bases = [base for base in cls.__mro__ if base in CLASSES and base is not Options]

@@ -116,5 +116,7 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
     for name in regolo_rerank.__all__:
         assert getattr(regolo_rerank, name) is not None
     assert dir(regolo_rerank) == sorted(regolo_rerank.__all__)
+    with pytest.raises(ImportError, match=r"in regolo_rerank\.langchain, and in regolo_rerank\.llama_index"):
+        exec("from regolo_rerank import RegoloRerank")  # noqa: S102 - a type checker refuses it too
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = regolo_rerank.Nonsense

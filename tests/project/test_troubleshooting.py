@@ -34,10 +34,15 @@ def import_without(package: str) -> None:
 
 def two_loops(stub: Stub) -> None:
     """Use one async http client in two event loops."""
-    with_one = httpx.AsyncClient()
-    client = RegoloClient(KEY, base_url=stub.url, async_http_client=with_one, max_retries=0)
-    for _ in range(2):
+    mine = httpx.AsyncClient()
+    client = RegoloClient(KEY, base_url=stub.url, async_http_client=mine)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(client.arerank("q", ["a"]))
+    try:
         asyncio.run(client.arerank("q", ["a"]))
+    finally:
+        loop.run_until_complete(mine.aclose())
+        loop.close()
 
 
 async def run_inside() -> None:

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from tests.support.stub import score
 
-Fault = Callable[[socket.socket, dict[str, Any]], None]
-"""Answers one request (its connection, its JSON) in a wrong way; the connection is closed afterwards."""
+Fault = Callable[[socket.socket, dict[str, Any]], object]
+"""Answers one request (its connection, its JSON) in a wrong way; the connection is closed then, unless it gives True."""
 
 
 def http(body: bytes, status: int = 200, **headers: str) -> bytes:
@@ -35,9 +35,10 @@ def ranking(request: dict[str, Any]) -> dict[str, Any]:
     return {"id": "fault-1", "results": ranked[: request.get("top_n")], "meta": None}
 
 
-def good(connection: socket.socket, request: dict[str, Any]) -> None:
+def good(connection: socket.socket, request: dict[str, Any]) -> bool:
     """Answer as the service does, and keep the connection."""
     connection.sendall(http(json.dumps(ranking(request)).encode(), connection="keep-alive"))
+    return True
 
 
 def sends(data: bytes, *, then_reset: bool = False) -> Fault:
@@ -168,11 +169,11 @@ class FaultServer:
                     self.at_once += 1
                     fault = self._script.popleft() if self._script else self._usual
                 try:
-                    fault(connection, request)
+                    keeps = fault(connection, request)
                 finally:
                     with self._lock:
                         self.at_once -= 1
-                if fault is not good:
+                if keeps is not True:
                     connection.shutdown(socket.SHUT_WR)
                     break
         self._open.discard(connection)

@@ -28,6 +28,7 @@ __all__ = [
     "connections_of",
     "forget_certificates",
     "forget_refusals_after",
+    "forget_word_vectors",
     "hide_word_vectors",
     "http_settings_of",
     "is_worker",
@@ -146,9 +147,14 @@ def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "_ssl_context", clients._ssl_context.__wrapped__)
 
 
+def forget_word_vectors() -> None:
+    """Let the embedded scorer be asked as if for the first time."""
+    scorer._model.cache_clear()
+
+
 def hide_word_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the embedded scorer be asked for the first time, where what it needs is not installed."""
-    scorer._model.cache_clear()
+    forget_word_vectors()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 

@@ -14,9 +14,9 @@ _BETWEEN: Final = 0.002
 """Seconds."""
 
 
-def soon(condition: Callable[[], object]) -> bool:
-    """Return whether something becomes true within ten seconds."""
-    for _ in range(_LOOKS):
+def soon(condition: Callable[[], object], within: float = _LOOKS * _BETWEEN) -> bool:
+    """Return whether something becomes true within ten seconds, or as many as are given."""
+    for _ in range(round(within / _BETWEEN)):
         if condition():
             return True
         time.sleep(_BETWEEN)
