@@ -12,7 +12,8 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
-from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
+from regolo_rerank._wire.names import request_id_of
+from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from regolo_rerank._wire.source import read_source, refuse_substitute
 from regolo_rerank.errors import BadRequestError, RegoloError
 from regolo_rerank.results import RerankResponse
