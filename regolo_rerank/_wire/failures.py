@@ -1,7 +1,7 @@
 """What it means that no complete reply came."""
 
 import logging
-from typing import Final
+from typing import Final, TypeGuard
 
 import httpx
 from pydantic import SecretStr
@@ -42,7 +42,7 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
             f"the http client cannot be used: {words} An httpx client that was passed must be open, and an async one "
             f"belongs to the event loop that it was first used in"
         )
-    elif type(error).__module__.partition(".")[0] in _BELOW:
+    elif _is_below(error):
         return APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
     else:
         raise error
@@ -50,7 +50,13 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
     error.args = (words,)
     if isinstance(error, httpx.HTTPError):
         error.request = httpx.Request("POST", url)
-    error.__cause__ = error.__context__ = None
+    below, error.__cause__, error.__context__ = error.__context__, None, None
+    while _is_below(below):  # h11's errors are held by their own frames, and hold the call's with its documents
+        below.__traceback__, below = None, below.__context__
     failure.__cause__ = error.with_traceback(None)
     _log.debug("%s has not answered: %s", url, failure)
     return failure
+
+
+def _is_below(error: BaseException | None) -> TypeGuard[BaseException]:
+    return type(error).__module__.partition(".")[0] in _BELOW

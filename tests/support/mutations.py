@@ -16,7 +16,7 @@ Results = list[dict[str, Any]]
 
 # Of the JSON: what can be seen to be wrong, since the echoes tell it, or leaves the ranking as it is.
 
-ODD: Final = [None, True, "0", -1, 99, 0.5, 10**30, float("nan"), float("inf"), {}, []]
+ODD: Final[list[Any]] = [None, True, "0", -1, 99, 0.5, 10**30, float("nan"), float("inf"), {}, []]
 OTHERS: Final = ["", "foreign", "another document score=0.5", "0"]
 
 
