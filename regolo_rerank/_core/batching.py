@@ -35,14 +35,7 @@ class _Receipt(NamedTuple):
 
 
 class Plan:
-    """Which requests to send, and the ranking that their replies add up to.
-
-    Args:
-        query: The checked query.
-        documents: The checked documents.
-        options: The call's options.
-        prompt_format: How texts are put into words for the model.
-        fields: What a request says besides.
+    """Which requests to send for checked input, and the ranking that their replies add up to.
 
     Attributes:
         query: The query string of all requests.
@@ -63,9 +56,9 @@ class Plan:
     ) -> None:
         self._documents = documents
         self._options = options
-        self._format = prompt_format
+        self._format = template
         self._fields = fields
-        self.query = prompt_format.format_query(query, options.instruction)
+        self.query = template.format_query(query, options.instruction)
         self._slots, self.texts = _find_distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._known: list[Source] = []
@@ -132,15 +125,8 @@ class Plan:
     def accept(self, batch: range, reply: Reply, source: Source, sent: int) -> None:
         """Check a batch's reply against what was asked, and keep its scores.
 
-        Args:
-            batch: The batch.
-            reply: Its reply.
-            source: Who has answered.
-            sent: How often the request was sent.
-
         Raises:
-            APIResponseError: It leaves a document out, names one twice, names one that was not sent, or belongs to
-                another request.
+            APIResponseError: It leaves a document out, names one twice, or names or echoes one that was not sent.
         """
         asked = self._asked(len(batch)) or len(batch)
         scores: dict[int, float] = {}

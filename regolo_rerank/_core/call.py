@@ -28,13 +28,9 @@ _log = logging.getLogger("regolo_rerank")
 class Call(Generic[Event]):
     """One query and its documents. It belongs to the caller's thread or task; workers only `accept` and `fail`.
 
-    Args:
-        config: What its requests have in common.
-        query: The query, unchecked.
-        documents: The documents, unchecked.
-        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
-
     Attributes:
+        config: What its requests have in common.
+        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
         plan: Its batches, and what was learnt of them.
 
     Raises:

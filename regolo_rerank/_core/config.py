@@ -31,12 +31,6 @@ class _BearerAuth(httpx.Auth):
 class RequestConfig:
     """The options of a call as they are now, and where and how its requests are sent.
 
-    Args:
-        options: The call's own options.
-        user_agent: What requests call themselves.
-        hold: The wait after a 429.
-        callers_client: The http client that the caller has passed.
-
     Attributes:
         key: The key that requests carry, once `require_key` has found it.
         fields: What requests say besides model, query, documents and top_n.

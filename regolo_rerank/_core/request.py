@@ -44,12 +44,8 @@ Flow = Generator[httpx.Request | Sleep, Any, None]
 def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
     """Send a batch until its reply is accepted, its call is done, or the queue has taken it back.
 
-    Args:
-        job: The batch.
-        queue: Where it comes from.
-
     Raises:
-        RegoloError: The batch cannot be ranked; the last failure.
+        RegoloError: The last failure of a batch that cannot be ranked.
     """
     call, hold, retry = job.call, job.call.config.hold, job.retry
     retry.start()

@@ -32,11 +32,6 @@ class FinishInOrder:
 
     One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
     would close it beside the one that goes through it.
-
-    Args:
-        calls: The calls.
-        max_workers: Requests in flight at most, over all calls.
-        client: Sends them.
     """
 
     def __init__(

@@ -28,13 +28,7 @@ def finish(call: Call[threading.Event], client: httpx.Client) -> None:
 def finish_in_order(
     calls: Iterator[Call[threading.Event] | Exception], max_workers: int, client: httpx.Client
 ) -> Generator[Call[threading.Event] | Exception]:
-    """Give calls in their order, each when it is done; what could not become a call is passed through.
-
-    Args:
-        calls: The calls, read in the caller's thread.
-        max_workers: Requests in flight at most, over all calls.
-        client: Sends them.
-    """
+    """Give calls in their order, each when it is done; what could not become a call is passed through."""
     queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
     threads = _Threads(queue, client)
     pending: deque[Call[threading.Event] | Exception] = deque()
@@ -84,11 +78,7 @@ class _Threads:
             self._progress.clear()
 
     def start(self) -> None:
-        """Start as many workers as there is room and work for.
-
-        Raises:
-            APIConnectionError: The system has no thread left.
-        """
+        """Start as many workers as there is room and work for."""
         workers = self._queue.add_workers()
         if workers and self._queue.max_workers == 1:
             self._work()

@@ -39,21 +39,13 @@ class Clients:
         return type(self)()
 
     def client(self, endpoint: Endpoint) -> httpx.Client:
-        """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more.
-
-        Raises:
-            APIConnectionError: The environment's proxies or certificates cannot be used.
-        """
+        """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more."""
         key = os.getpid(), endpoint
         # Of two threads that open one at the same time, both get the first.
         return self._clients.get(key) or self._clients.setdefault(key, _open_client(endpoint))
 
     def loop_client(self, endpoint: Endpoint) -> "LoopClient":
-        """Return the running event loop's client for async calls to an endpoint.
-
-        Raises:
-            APIConnectionError: The environment's proxies or certificates cannot be used.
-        """
+        """Return the running event loop's client for async calls to an endpoint."""
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             for other in list(self._loops):
