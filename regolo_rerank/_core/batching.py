@@ -56,9 +56,9 @@ class Plan:
     ) -> None:
         self._documents = documents
         self._options = options
-        self._format = template
+        self._format = prompt_format
         self._fields = fields
-        self.query = template.format_query(query, options.instruction)
+        self.query = prompt_format.format_query(query, options.instruction)
         self._slots, self.texts = _find_distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._known: list[Source] = []
