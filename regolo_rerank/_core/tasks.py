@@ -125,6 +125,7 @@ class _Tasks:
                 self._queue.leave()  # somebody has cancelled this worker, and its batch is unranked
                 job.call.fail(error)
                 self.progress.set()
+                error.__traceback__ = None  # whose frames, some of anyio's, hold the task that holds the error
                 raise
             self.progress.set()
 

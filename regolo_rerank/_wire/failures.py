@@ -1,7 +1,7 @@
 """What it means that no complete reply came."""
 
 import logging
-from typing import Final, TypeGuard
+from typing import Final
 
 import httpx
 from pydantic import SecretStr
@@ -32,31 +32,38 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
     if isinstance(error, RegoloError):
         return error.with_traceback(None)
     host, words = url.netloc.decode(), mask(str(error), secret)
+    from_below = _is_from_below(error)
     failure: RegoloError
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         failure = APITimeoutError(f"no complete reply from {host} within the timeout ({type(error).__name__})")
-    elif isinstance(error, httpx.HTTPError | httpx.StreamError | httpx.InvalidURL | OSError):
+    elif from_below or isinstance(error, httpx.HTTPError | httpx.StreamError | httpx.InvalidURL | OSError):
         failure = APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
     elif isinstance(error, RuntimeError):
         failure = APIConnectionError(
             f"the http client cannot be used: {words} An httpx client that was passed must be open, and an async one "
             f"belongs to the event loop that it was first used in"
         )
-    elif _is_below(error):
-        return APIConnectionError(f"no complete reply from {host}: {words or type(error).__name__}")
     else:
         raise error
-    # Its frames, its request and what it comes from may hold the key.
+    _forget_origin(error)
     error.args = (words,)
     if isinstance(error, httpx.HTTPError):
         error.request = httpx.Request("POST", url)
-    below, error.__cause__, error.__context__ = error.__context__, None, None
-    while _is_below(below):  # h11's errors are held by their own frames, and hold the call's with its documents
-        below.__traceback__, below = None, below.__context__
-    failure.__cause__ = error.with_traceback(None)
+    failure.__cause__ = None if from_below else error  # what else those hold is not known
     _log.debug("%s has not answered: %s", url, failure)
     return failure
 
 
-def _is_below(error: BaseException | None) -> TypeGuard[BaseException]:
+def _is_from_below(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _BELOW
+
+
+def _forget_origin(error: BaseException) -> None:
+    """Cut an error off from what may hold the key, or the documents: its frames, and what it comes from.
+
+    h11 raises errors that are in frames of their own tracebacks: those must be cut off too, or they are never freed.
+    """
+    origin = error.__cause__ or error.__context__
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    if origin is not None and _is_from_below(origin):
+        _forget_origin(origin)
