@@ -177,15 +177,14 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     ) -> "RunnableSerializable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
-        Args:
-            query_key: Where the step's input has the query.
-            documents_key: Where it has the documents.
+        It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
+        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
+        other inputs. By `invoke`, `bind` or `configurable_fields` it takes what `RegoloClient.rerank` takes for one
+        call: top_n, model, instruction, score_threshold and extra_body.
 
-        Returns:
-            A runnable from `{"query": ..., "documents": ...}` to the documents that are kept, natively async too. Each
-            call is a run of its own, with name, tags, metadata and callbacks from its configuration. `invoke`, `bind`
-            and `configurable_fields` take what `RegoloClient.rerank` takes for one call: top_n, model, instruction,
-            score_threshold, extra_body.
+        Args:
+            query_key: Where its input has the query.
+            documents_key: Where its input has the documents.
 
         Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()

@@ -56,6 +56,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     its two forms, and returns min(N, top_n) copies at most, the best first. Their `score` is the relevance score, and
     so is `relevance_score` in their metadata, which the next postprocessor leaves alone, and which neither the LLM nor
     an embedding model sees. The caller's own are never changed. `apostprocess_nodes` is the same, natively async.
+    `callback_manager`, for handlers of LlamaIndex's older kind, is an option too.
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.

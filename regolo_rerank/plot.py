@@ -82,7 +82,7 @@ def rank_changes(
         labels: What to call the N candidates, such as their titles; None takes their texts.
 
     Returns:
-        A figure that is not registered with `pyplot`: a notebook shows it, and `savefig` writes it.
+        A figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
 
     Raises:
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there

@@ -21,7 +21,7 @@ from regolo_rerank._transports.clients import proxy_for
 from regolo_rerank._version import __version__
 from regolo_rerank._wire.checks import API_KEY_VARIABLE, read_environment_key
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
-from regolo_rerank._wire.messages import mask
+from regolo_rerank._wire.masking import mask
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
     APIConnectionError,

@@ -12,7 +12,8 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
-from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply, request_id_of
+from regolo_rerank._wire.names import request_id_of
+from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from regolo_rerank._wire.source import read_source, refuse_substitute
 from regolo_rerank.errors import BadRequestError, RegoloError
 from regolo_rerank.results import RerankResponse
@@ -89,7 +90,8 @@ class Call(Generic[Event]):
 
     def close(self) -> None:
         """End the call, ranked or not, in the caller's thread; what it has learnt is kept in the cache."""
-        self.done.set()
+        if not self.done.is_set():  # an interrupt in the first `set` may have left its lock locked
+            self.done.set()
         if self._cache is not None:
             self._cache.write(self.plan.new_scores)
             self._cache = None

@@ -30,7 +30,7 @@ def evaluation_summary(evaluation: Evaluation) -> Picture:
         evaluation: What `evaluate` came to.
 
     Returns:
-        A figure that is not registered with `pyplot`: a notebook shows it, and `savefig` writes it.
+        A figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
     """
     figure = Picture(figsize=_SIZE, layout="constrained")
     left, middle, right = figure.subplots(1, 3)

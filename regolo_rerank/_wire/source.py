@@ -12,7 +12,10 @@ from typing import Final, NamedTuple
 
 from pydantic import SecretStr
 
-from regolo_rerank._wire.messages import Reply, mask, parse_number, request_id_of
+from regolo_rerank._wire.masking import mask
+from regolo_rerank._wire.messages import Reply
+from regolo_rerank._wire.names import request_id_of
+from regolo_rerank._wire.replies import parse_number
 from regolo_rerank.errors import APIResponseError, RerankSubstituteWarning
 
 __all__ = ["CACHE", "Source", "agree_on_model", "read_source", "refuse_substitute"]

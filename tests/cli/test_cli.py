@@ -490,7 +490,8 @@ def test_the_installed_command_ranks_and_fails_as_it_should(command: Callable[[]
     at_stub.always(error("no", 401))
     refused = subprocess.run(arguments, input=b"document", capture_output=True, check=False)  # noqa: S603 - our own command
     assert (refused.returncode, refused.stdout) == (1, b"")
-    assert refused.stderr == b"regolo-rerank: no [HTTP 401]\n"
+    advice = b"check the API key: api_key, or the environment variable REGOLO_API_KEY"
+    assert refused.stderr == b"regolo-rerank: no [HTTP 401]; " + advice + b"\n"
 
 
 def test_a_pipe_that_was_closed_on_windows_is_quiet_too(

@@ -145,7 +145,8 @@ def test_a_failure_of_the_service_ends_the_demo_in_one_line(at_stub: Stub, capsy
     """No framework adds its own words to an error."""
     at_stub.always(error("no", 401))
     assert main(["demo"]) == 1
-    assert capsys.readouterr().err == "regolo-rerank: no [HTTP 401]\n"
+    advice = "check the API key: api_key, or the environment variable REGOLO_API_KEY"
+    assert capsys.readouterr().err == f"regolo-rerank: no [HTTP 401]; {advice}\n"
 
 
 def test_a_question_that_fails_is_told(at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from regolo_rerank import APIResponseError, APIStatusError, RegoloClient, RegoloError, RerankResponse
-from regolo_rerank._wire.messages import advise_on_length, read_error, read_reply
+from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from tests.conftest import KEY, Rank
 from tests.support.exchanges import CLASSES, DOCUMENTS, MODEL, OWN, QUERY, RECORDINGS, Exchange, recorded
 from tests.support.stub import Reply, Stub, results

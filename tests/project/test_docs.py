@@ -17,7 +17,7 @@ from llama_index.core.llms import MockLLM
 from regolo_rerank import RegoloClient
 from regolo_rerank.evaluation import evaluate, example_queries
 from regolo_rerank.options import Options
-from tests.support.corpus import TEXTS, Everything, index
+from tests.support.corpus import TEXTS, Everything, Llm, chat_model, index
 from tests.support.inside import main
 from tests.support.public import CLASSES, OPTIONS, PUBLIC, fields_of, methods_of, parameters_of
 from tests.support.rerankers import MODULES
@@ -44,10 +44,11 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
     log = logging.getLogger("regolo_rerank")
     with redis_server("fakeredis") as url:
         monkeypatch.setenv("REDIS_URL", url)
-        yield {"my_retriever": Everything(), "index": index()}
+        yield {"my_retriever": Everything(), "my_model": chat_model(), "index": index(), "my_llm": Llm()}
     log.setLevel(logging.NOTSET)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of LlamaIndex's own agents
 @pytest.mark.parametrize("code", EXAMPLES.values(), ids=list(EXAMPLES))
 def test_every_example_runs(
     code: str,

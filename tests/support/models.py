@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from regolo_rerank._cli.findings import PAIRS
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS
-from tests.support.stub import Received, Reply, results
+from tests.support.stub import Received, Reply
 
-__all__ = ["concatenating", "templating", "told", "without"]
+__all__ = ["concatenating", "ranked", "templating", "told", "without"]
 
 _TRAINED = PRESETS["chat"]
 _SEEN = re.compile(r"<Instruct>: (?P<task>.*)\n<Query>: (?P<query>.*)\n<Document>: (?P<document>.*)<\|im_end\|>\n")
@@ -25,14 +25,16 @@ def judged(prompt: str) -> float:
     return (0.8 if fits else 0.1) + noise
 
 
-def _answer(prompts: list[str]) -> Reply:
-    return Reply(results(*((index, judged(prompt)) for index, prompt in enumerate(prompts))))
+def ranked(scores: list[float]) -> Reply:
+    """Return a reply with these scores, in the shape that a gateway passes on: without the documents."""
+    scored = [{"index": index, "relevance_score": score} for index, score in enumerate(scores)]
+    return Reply({"id": "stub-1", "results": scored, "meta": None})
 
 
 def concatenating(request: Received) -> Reply:
     """Answer as vLLM does without a template: query and document are put together, and no other field is read."""
     body = request.json
-    return _answer([body["query"] + document for document in body["documents"]])
+    return ranked([judged(body["query"] + document) for document in body["documents"]])
 
 
 def templating(request: Received) -> Reply:
@@ -40,7 +42,7 @@ def templating(request: Received) -> Reply:
     body = request.json
     task = body.get("instruction", DEFAULT_INSTRUCTION)
     query = _TRAINED.query.replace("{instruction}", task).replace("{query}", body["query"])
-    return _answer([query + _TRAINED.document.replace("{document}", text) for text in body["documents"]])
+    return ranked([judged(query + _TRAINED.document.replace("{document}", text)) for text in body["documents"]])
 
 
 def without(field: str, answer: Callable[[Received], Reply]) -> Callable[[Received], Reply]:

@@ -1,0 +1,38 @@
+"""The name of a request, by which its reply is known and support can find it."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Final
+
+import httpx
+from pydantic import SecretStr
+
+from regolo_rerank._wire.masking import clean
+
+__all__ = ["is_reply_to_another", "new_name", "request_id_of"]
+
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_NAME: Final = "regolo_rerank-"
+"""How the names of this package's requests begin."""
+
+
+def new_name() -> dict[str, str]:
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+
+
+def is_reply_to_another(response: httpx.Response) -> bool:
+    """Return whether a reply has the name of another request of this package.
+
+    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
+    """
+    return "network_stream" in response.extensions and any(
+        (name := response.headers.get(header, "")).startswith(_NAME)
+        and response.request.headers.get(header, "") not in name
+        for header in _NAME_HEADERS
+    )
+
+
+def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
+    """Return the server's name for a request, where it gives one."""
+    return clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
