@@ -116,7 +116,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
                 `RerankFallbackWarning` instead.
         """
         with ends_here:
-            return self._traced(documents, query, _config(callbacks))
+            return self._trace(documents, query, _config(callbacks))
 
     async def acompress_documents(
         self,
@@ -126,7 +126,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     ) -> list[Document]:
         """Return what `compress_documents` does, without blocking the event loop."""
         with ends_here:
-            return await self._atraced(documents, query, _config(callbacks))
+            return await self._atrace(documents, query, _config(callbacks))
 
     def rerank(
         self,
@@ -153,7 +153,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             RegoloError: See `RegoloClient.rerank`; `on_error` does not apply, since indices need scores.
         """
         with ends_here:
-            ranking = self._rank(query, self._texts(documents), model=model, top_n=top_n, instruction=instruction)
+            ranking = self._rank(query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction)
             return _as_dicts(ranking)
 
     async def arerank(
@@ -168,7 +168,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Rank as `rerank` does, without blocking the event loop."""
         with ends_here:
             ranking = await self._arank(
-                query, self._texts(documents), model=model, top_n=top_n, instruction=instruction
+                query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction
             )
             return _as_dicts(ranking)
 
@@ -198,61 +198,61 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
         return Step(
             name=type(self).__name__,
-            rerank=self._traced,
-            arerank=self._atraced,
+            rerank=self._trace,
+            arerank=self._atrace,
             query_key=query_key,
             documents_key=documents_key,
         )
 
-    def _traced(
+    def _trace(
         self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
     ) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
         documents = check_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._outcome(query, documents, self._contents, _scored, **arguments).kept
-        inputs = self._inputs(documents, query, arguments)
+            return self._rerank(query, documents, self._get_texts, _attach_scores, **arguments).kept
+        inputs = self._tell_inputs(documents, query, arguments)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
-        run = manager.on_chain_start(None, inputs, **self._identity(config))
+        run = manager.on_chain_start(None, inputs, **self._identify(config))
         show_inputs(run, **inputs)
         try:
-            outcome = self._outcome(query, documents, self._contents, _scored, **arguments)
+            outcome = self._rerank(query, documents, self._get_texts, _attach_scores, **arguments)
         except BaseException as error:
             run.on_chain_error(error)
             raise
-        outputs = _outputs(outcome)
+        outputs = _tell_outputs(outcome)
         show_outputs(run, **outputs)
         _count_tokens(run, outcome)
         run.on_chain_end(outputs)
         return outcome.kept
 
-    async def _atraced(
+    async def _atrace(
         self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
     ) -> list[Document]:
         documents = check_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return (await self._aoutcome(query, documents, self._contents, _scored, **arguments)).kept
-        inputs = self._inputs(documents, query, arguments)
+            return (await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)).kept
+        inputs = self._tell_inputs(documents, query, arguments)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
-        run = await manager.on_chain_start(None, inputs, **self._identity(config))
+        run = await manager.on_chain_start(None, inputs, **self._identify(config))
         show_inputs(run, **inputs)
         try:
-            outcome = await self._aoutcome(query, documents, self._contents, _scored, **arguments)
+            outcome = await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)
         except BaseException as error:
             await run.on_chain_error(error)
             raise
-        outputs = _outputs(outcome)
+        outputs = _tell_outputs(outcome)
         show_outputs(run, **outputs)
         _count_tokens(run, outcome)
         await run.on_chain_end(outputs)
         return outcome.kept
 
-    def _identity(self, config: RunnableConfig) -> dict[str, Any]:
+    def _identify(self, config: RunnableConfig) -> dict[str, Any]:
         return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
 
-    def _inputs(self, documents: list[Document], query: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _tell_inputs(self, documents: list[Document], query: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "query": query,
             "documents": list(documents),  # a handler may change what it is shown, while the call goes on
@@ -260,18 +260,18 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             "top_n": self._argument("top_n", arguments),
         }
 
-    def _contents(self, documents: list[Document]) -> list[str]:
+    def _get_texts(self, documents: list[Document]) -> list[str]:
         if not self.metadata_fields:
             return [document.page_content for document in documents]
-        return [self._content(document) for document in documents]
+        return [self._get_text(document) for document in documents]
 
-    def _texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
+    def _read_texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
         return [
-            self._text(index, document)
+            self._read_text(index, document)
             for index, document in enumerate(check_documents(documents, str, Document, dict))
         ]
 
-    def _text(self, index: int, document: str | Document | dict[str, Any]) -> str:
+    def _read_text(self, index: int, document: str | Document | dict[str, Any]) -> str:
         if isinstance(document, str):
             return document
         if isinstance(document, dict):
@@ -281,9 +281,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
                     f"documents[{index}]: a dict's text is a string in 'text', got {type(text).__name__}"
                 )
             return text
-        return self._content(document)
+        return self._get_text(document)
 
-    def _content(self, document: Document) -> str:
+    def _get_text(self, document: Document) -> str:
         lines = [f"{key}: {document.metadata[key]}" for key in self.metadata_fields if key in document.metadata]
         return "\n".join([*lines, document.page_content]) if lines else document.page_content
 
@@ -293,7 +293,7 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
     return ensure_config() if callbacks is None else {"callbacks": callbacks}
 
 
-def _scored(documents: list[Document], response: RerankResponse) -> list[Document]:
+def _attach_scores(documents: list[Document], response: RerankResponse) -> list[Document]:
     return [
         (document := documents[result.index]).model_copy(
             update={"metadata": {**document.metadata, "relevance_score": result.relevance_score}}
@@ -302,7 +302,7 @@ def _scored(documents: list[Document], response: RerankResponse) -> list[Documen
     ]
 
 
-def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
+def _tell_outputs(outcome: Outcome[Document]) -> dict[str, Any]:
     """Return what a run tells: the documents with their scores, and how they came about."""
     fallback = outcome.report["fallback"]
     scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]

@@ -17,7 +17,7 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
+from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_failure
 from regolo_rerank._adapters.spans import show_report
 from regolo_rerank._core.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError, ends_here
@@ -101,20 +101,20 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with ends_here, self._reported(nodes, query_bundle) as run:
-            run.outcome = self._outcome(run.query, run.nodes, self._texts, self._scored)
+        with ends_here, self._report(nodes, query_bundle) as run:
+            run.outcome = self._rerank(run.query, run.nodes, self._read_texts, self._attach_scores)
         return run.outcome.kept
 
     @_dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with ends_here, self._reported(nodes, query_bundle) as run:
-            run.outcome = await self._aoutcome(run.query, run.nodes, self._texts, self._scored)
+        with ends_here, self._report(nodes, query_bundle) as run:
+            run.outcome = await self._arerank(run.query, run.nodes, self._read_texts, self._attach_scores)
         return run.outcome.kept
 
     @contextmanager
-    def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
+    def _report(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
         """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
         if query_bundle is None:
             raise InvalidInputError(
@@ -140,16 +140,16 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
                 kept, report = run.outcome.kept, run.outcome.report
                 event.on_end(payload={EventPayload.NODES: list(kept), EventPayload.ADDITIONAL_KWARGS: report})
         except BaseException as error:
-            run.outcome = Outcome([], report_of_failure(error, fallback=False))
+            run.outcome = Outcome([], report_failure(error, fallback=False))
             raise
         finally:
             show_report(run.outcome.report)
             _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
 
-    def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
+    def _read_texts(self, nodes: list[NodeWithScore]) -> list[str]:
         return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
 
-    def _scored(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
+    def _attach_scores(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
         return [
             (candidate := nodes[result.index]).model_copy(
                 update={

@@ -12,7 +12,7 @@ from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["AdapterOptions", "Outcome", "report_of", "report_of_failure"]
+__all__ = ["AdapterOptions", "Outcome", "report_failure", "report_ranking"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Outcome(Generic[T]):
     report: dict[str, Any]
 
 
-def report_of(response: RerankResponse) -> dict[str, Any]:
+def report_ranking(response: RerankResponse) -> dict[str, Any]:
     """Return what traces and events tell of a ranking."""
     return {
         "response_id": response.id,
@@ -43,7 +43,7 @@ def report_of(response: RerankResponse) -> dict[str, Any]:
     }
 
 
-def report_of_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
+def report_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
     """Return what they tell of a failure, whether or not the input stands in for a ranking."""
     request_id = getattr(error, "request_id", None)
     return {
@@ -75,7 +75,7 @@ class AdapterOptions(Reranker):
         given = arguments.get(name)
         return getattr(self, name) if given is None else given
 
-    def _outcome(
+    def _rerank(
         self,
         query: str,
         candidates: list[T],
@@ -91,9 +91,9 @@ class AdapterOptions(Reranker):
             response = self._rank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates, arguments)
-        return Outcome(scored(candidates, response), report_of(response))
+        return Outcome(scored(candidates, response), report_ranking(response))
 
-    async def _aoutcome(
+    async def _arerank(
         self,
         query: str,
         candidates: list[T],
@@ -105,14 +105,14 @@ class AdapterOptions(Reranker):
             response = await self._arank(query, texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates, arguments)
-        return Outcome(scored(candidates, response), report_of(response))
+        return Outcome(scored(candidates, response), report_ranking(response))
 
     def _fall_back(self, error: RegoloError, candidates: list[T], arguments: Mapping[str, Any]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
         if self.on_error == "raise" or not is_retryable(error):
             raise error
         kept = candidates[: self._argument("top_n", arguments)]
-        report = report_of_failure(error, fallback=True)
+        report = report_failure(error, fallback=True)
         words = (
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
             f"order: {report['error']}"

@@ -15,12 +15,12 @@ _log = logging.getLogger("regolo_rerank")
 def show_inputs(run: Any, query: str, documents: Sequence[Any], model: str, top_n: int | None) -> None:
     """Show what a LangChain run begins with."""
     top_k = len(documents) if top_n is None else top_n
-    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_shown(documents))
+    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_describe(documents))
 
 
 def show_outputs(run: Any, documents: Sequence[Any], scores: list[float] | None, **report: Any) -> None:
     """Show what a LangChain run has come to."""
-    _show(run, _attributes(report), output_documents=_shown(documents, scores))
+    _show(run, _attributes(report), output_documents=_describe(documents, scores))
 
 
 def _show(run: Any, further: dict[str, Any], **attributes: Any) -> None:
@@ -44,7 +44,7 @@ def _show(run: Any, further: dict[str, Any], **attributes: Any) -> None:
         span.set_attributes(dict(reversed(told.items())))
 
 
-def _shown(documents: Sequence[Any], scores: list[float] | None = None) -> list[dict[str, Any]]:
+def _describe(documents: Sequence[Any], scores: list[float] | None = None) -> list[dict[str, Any]]:
     return [
         {"content": document.page_content, "id": document.id, "metadata": document.metadata or None, "score": score}
         for document, score in zip(documents, scores or repeat(None), strict=False)

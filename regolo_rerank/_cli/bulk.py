@@ -16,7 +16,7 @@ import httpx
 from regolo_rerank._cli.output import Output, StoppedError
 from regolo_rerank._cli.queries import Line, Lines, Query, describe, is_about_pair, parse_query
 from regolo_rerank._display.progress import Advance
-from regolo_rerank._display.tables import clipped
+from regolo_rerank._display.tables import clip
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
     APIConnectionError,
@@ -87,7 +87,7 @@ class BulkRun:
             f"{time.monotonic() - self._started:.1f} s"
         )
         commonest = self._reasons.most_common(_SHOWN_REASONS)
-        reasons = [f"{count:,} failed like this: {clipped(self._examples[reason], 200)}" for reason, count in commonest]
+        reasons = [f"{count:,} failed like this: {clip(self._examples[reason], 200)}" for reason, count in commonest]
         half = self._lines.half
         left = [f"line {half} of {self._lines.name} is not complete, and left for another run"] if half else []
         return [summary, *reasons, *left]

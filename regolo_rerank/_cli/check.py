@@ -13,7 +13,7 @@ from typing import Any, Final
 import httpx
 from pydantic import PrivateAttr
 
-from regolo_rerank._cli.common import checked_client, output_encoding
+from regolo_rerank._cli.common import find_encoding, open_client
 from regolo_rerank._cli.findings import FITTING, Separation, judge, probe_template, separate
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._display.tables import encodable, harmless
@@ -114,13 +114,13 @@ def run_check(*, as_json: bool, **options: Any) -> int:
     Raises:
         InvalidInputError: An option is wrong.
     """
-    checked_client(options)  # whose error is told in one line
+    open_client(options)  # whose error is told in one line
     with RecordingClient(**options) as client:
         report = check(client)
     if as_json:
         print(json.dumps(report))
     else:
-        print(*(encodable(line, output_encoding()) for line in describe(report)), sep="\n")
+        print(*(encodable(line, find_encoding()) for line in describe(report)), sep="\n")
     return 1 if report["problems"] else 0
 
 

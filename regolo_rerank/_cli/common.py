@@ -12,7 +12,7 @@ from regolo_rerank.errors import InvalidInputError
 if TYPE_CHECKING:
     from regolo_rerank import RegoloClient
 
-__all__ = ["Parser", "add_server", "checked_client", "output_encoding", "sees_a_bar", "standard_input", "tell"]
+__all__ = ["Parser", "add_server", "find_encoding", "open_client", "sees_a_bar", "standard_input", "tell"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def checked_client(options: dict[str, Any]) -> "RegoloClient":
+def open_client(options: dict[str, Any]) -> "RegoloClient":
     """Return a client with these options.
 
     Raises:
@@ -87,9 +87,9 @@ def standard_input(awaited: str) -> BinaryIO:
 
 def tell(line: str) -> None:
     """Say something that is no result, on standard error."""
-    print(f"regolo-rerank: {harmless(line, output_encoding())}", file=sys.stderr, flush=True)
+    print(f"regolo-rerank: {harmless(line, find_encoding())}", file=sys.stderr, flush=True)
 
 
-def output_encoding() -> str:
+def find_encoding() -> str:
     """Return the encoding of standard output; a replaced or closed one may have none."""
     return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name

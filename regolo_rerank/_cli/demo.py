@@ -20,8 +20,8 @@ from llama_index.core.retrievers import BaseRetriever as LlamaIndexRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from regolo_rerank import RegoloClient, langchain, llama_index
-from regolo_rerank._cli.common import checked_client, sees_a_bar
-from regolo_rerank._display.tables import clipped
+from regolo_rerank._cli.common import open_client, sees_a_bar
+from regolo_rerank._display.tables import clip
 from regolo_rerank._examples.stdlib import queries
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
 from regolo_rerank.evaluation import Evaluation, evaluate
@@ -61,7 +61,7 @@ def report(base_url: str | None = None) -> Iterator[str]:
     """
     options = _options(base_url)
     examples = {query["relevant"][0]: query for query in queries()}
-    with checked_client(options) as client:
+    with open_client(options) as client:
         yield from _introduction(client, len(examples))
         agreed = True
         for module in SHOWN:
@@ -150,7 +150,7 @@ def _beside(right: str, candidates: list[_Candidate], reranked: list[str]) -> It
 
     def cell(place: int, name: str) -> str:
         line = f"{place}. {'*' if name == right else ' '} {name}: {texts[name].splitlines()[0]}"
-        return clipped(line, column, "...").ljust(column)
+        return clip(line, column, "...").ljust(column)
 
     yield f"  {'BM25':{column}}  reranked"
     before = [each.id for each in candidates[:_KEPT]]

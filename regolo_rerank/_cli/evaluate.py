@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regolo_rerank._cli.common import checked_client, output_encoding, sees_a_bar
+from regolo_rerank._cli.common import find_encoding, open_client, sees_a_bar
 from regolo_rerank._cli.rank import read_text, shown_json
 from regolo_rerank._cli.scores import kept_scores
 from regolo_rerank._display.evaluations import text
@@ -50,7 +50,7 @@ def run_evaluation(
             options["cache"] = opened.enter_context(kept_scores(Path(cache)))
         clients = {name: opened.enter_context(client) for name, client in _clients(variants, options).items()}
         evaluation = evaluate(queries, clients, show_progress=sees_a_bar())
-    print(shown_json(asdict(evaluation)) if as_json else text(evaluation, output_encoding()))
+    print(shown_json(asdict(evaluation)) if as_json else text(evaluation, find_encoding()))
     if picture is not None:
         _draw(evaluation, Path(picture))
     return 1 if any(variant.failed for variant in evaluation.variants) else 0
@@ -62,7 +62,7 @@ def _clients(variants: dict[str, list[str]], options: dict[str, Any]) -> dict[st
     for values in product(*variants.values()):
         settings = dict(zip(variants, values, strict=True))
         names = [value for name, value in settings.items() if len(variants[name]) > 1]
-        clients[", ".join(names) or "reranked"] = checked_client({**options, **settings})
+        clients[", ".join(names) or "reranked"] = open_client({**options, **settings})
     return clients
 
 

@@ -18,8 +18,8 @@ from regolo_rerank import __version__
 from regolo_rerank._cli.common import (
     Parser,
     add_server,
-    checked_client,
-    output_encoding,
+    find_encoding,
+    open_client,
     sees_a_bar,
     standard_input,
     tell,
@@ -105,17 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             print(end="", flush=True)
     except MissingAPIKeyError:
-        return _failed("no API key: set the environment variable REGOLO_API_KEY, or try without one by --local", 2)
+        return _fail("no API key: set the environment variable REGOLO_API_KEY, or try without one by --local", 2)
     except InvalidInputError as error:
-        return _failed(str(error), 2)
+        return _fail(str(error), 2)
     except RegoloError as error:
-        return _failed(str(error), 1)
+        return _fail(str(error), 1)
     except OSError as error:
         # What is still buffered would fail again when Python ends.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         # On Windows a closed pipe is EINVAL.
-        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _failed(str(error), 1)
+        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
 
@@ -135,7 +135,7 @@ def _run(argv: list[str]) -> int:
     return status
 
 
-def _failed(problem: str, status: int) -> int:
+def _fail(problem: str, status: int) -> int:
     tell(problem)
     return status
 
@@ -256,7 +256,7 @@ def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **optio
     if out == "-":
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
     with (
-        checked_client(options) as client,
+        open_client(options) as client,
         _queries(source) as lines,
         resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
     ):
@@ -306,5 +306,5 @@ def _demo(base_url: str | None = None) -> int:
     except ImportError:
         raise InvalidInputError('the demo needs more packages: pip install "regolo_rerank[demo]"') from None
     for line in report(base_url):
-        print(encodable(line, output_encoding()))
+        print(encodable(line, find_encoding()))
     return 0

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regolo_rerank._cli.common import checked_client, output_encoding, standard_input
+from regolo_rerank._cli.common import find_encoding, open_client, standard_input
 from regolo_rerank._display.tables import encodable, lines
 from regolo_rerank.errors import InvalidInputError
 
@@ -28,12 +28,12 @@ def rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int:
         **options: Those of the client.
     """
     documents = [document for file in files for document in _documents(file)]
-    with checked_client(options) as client:
+    with open_client(options) as client:
         response = client.rerank(query, documents)
     if as_json:
         print(_json(response))
     elif response.results:
-        print(*lines(response.results, shutil.get_terminal_size().columns, encoding=output_encoding()), sep="\n")
+        print(*lines(response.results, shutil.get_terminal_size().columns, encoding=find_encoding()), sep="\n")
     else:
         print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
     return 0
@@ -59,7 +59,7 @@ def shown_json(fields: dict[str, Any]) -> str:
     """Return JSON that standard output can take."""
     text = json.dumps(fields, ensure_ascii=False)
     # ASCII is UTF-8 too: the way out for another encoding, and for half a surrogate pair.
-    return text if output_encoding() == "utf-8" and encodable(text, "utf-8") == text else json.dumps(fields)
+    return text if find_encoding() == "utf-8" and encodable(text, "utf-8") == text else json.dumps(fields)
 
 
 def _documents(file: str) -> Iterator[str]:

@@ -93,11 +93,11 @@ class Plan:
 
     def _encode_body(self, documents: list[str]) -> bytes:
         body: dict[str, Any] = {"model": self._options.model, "query": self.query, "documents": documents}
-        if documents and (asked := self._asked(len(documents))) is not None:
+        if documents and (asked := self._ask_for(len(documents))) is not None:
             body["top_n"] = asked
         return encode(self._fields | body)
 
-    def _asked(self, count: int) -> int | None:
+    def _ask_for(self, count: int) -> int | None:
         """Return the top_n of a request with that many documents; for a cache, every score is learnt."""
         top_n = self._options.top_n
         return None if top_n is None or self._options.cache is not None else min(top_n, count)
@@ -128,21 +128,21 @@ class Plan:
         Raises:
             APIResponseError: It leaves a document out, names one twice, or names or echoes one that was not sent.
         """
-        asked = self._asked(len(batch)) or len(batch)
+        asked = self._ask_for(len(batch)) or len(batch)
         scores: dict[int, float] = {}
         for result in reply.results:
             if not 0 <= result.index < len(batch):
-                raise _untrusted(f"it names document {result.index} of {len(batch)}", source)
+                raise _distrust(f"it names document {result.index} of {len(batch)}", source)
             if batch[result.index] in scores:
-                raise _untrusted(f"it names document {result.index} twice", source)
+                raise _distrust(f"it names document {result.index} twice", source)
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
-            raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", source)
+            raise _distrust(f"it ranks {len(scores)} documents where {asked} were asked for", source)
         echoes = [(batch[result.index], echo) for result in reply.results if (echo := result.echo) is not None]
         expected = self._format.format_documents([self.texts[slot] for slot, _ in echoes])
         for (_, echo), text in zip(echoes, expected, strict=True):
             if echo != text and not _may_mean(echo, repair(text)):
-                raise _untrusted("it echoes other documents than were sent", source)
+                raise _distrust("it echoes other documents than were sent", source)
         self._scores.update(scores)
         self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, source, sent)
 
@@ -236,7 +236,7 @@ def _sum(figures: Iterable[Number | None]) -> Number | None:
     return sum(known[1:], known[0]) if known else None
 
 
-def _untrusted(problem: str, source: Source) -> APIResponseError:
+def _distrust(problem: str, source: Source) -> APIResponseError:
     return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=source.request_id)
 
 

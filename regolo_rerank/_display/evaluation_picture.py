@@ -5,7 +5,7 @@ from typing import Final
 from matplotlib.axes import Axes
 
 from regolo_rerank._display.picture import Picture
-from regolo_rerank._display.tables import clipped, harmless
+from regolo_rerank._display.tables import clip, harmless
 from regolo_rerank._evaluation.figures import Evaluation, Variant
 
 __all__ = ["evaluation_summary"]
@@ -44,7 +44,7 @@ def evaluation_summary(evaluation: Evaluation) -> Picture:
     return figure
 
 
-def _coloured(variants: list[Variant]) -> list[tuple[str, Variant]]:
+def _colour(variants: list[Variant]) -> list[tuple[str, Variant]]:
     return [(_COLOURS[index % len(_COLOURS)], variant) for index, variant in enumerate(variants)]
 
 
@@ -52,8 +52,8 @@ def _measures(axes: Axes, variants: list[Variant]) -> None:
     names = list(variants[0].measures)
     before = [measure.before for measure in variants[0].measures.values()]
     axes.scatter(before, range(len(names)), color=_BEFORE, zorder=3, label="before")
-    for index, (colour, variant) in enumerate(_coloured(variants)):
-        label = clipped(harmless(variant.name), _LABEL_COLUMNS)
+    for index, (colour, variant) in enumerate(_colour(variants)):
+        label = clip(harmless(variant.name), _LABEL_COLUMNS)
         for place, measure in enumerate(variant.measures.values()):
             y = place + 0.6 * index / len(variants)
             axes.plot([measure.before, measure.after], [y, y], color=colour, alpha=0.5)
@@ -76,7 +76,7 @@ def _measures(axes: Axes, variants: list[Variant]) -> None:
 def _depth(axes: Axes, variants: list[Variant]) -> None:
     first = variants[0].top_n
     curves = [(_BEFORE, first.recall_before, first.before)]
-    curves += [(colour, each.top_n.recall_after, each.top_n.after) for colour, each in _coloured(variants)]
+    curves += [(colour, each.top_n.recall_after, each.top_n.after) for colour, each in _colour(variants)]
     for colour, recall, top_n in curves:
         axes.plot(range(1, len(recall) + 1), recall, color=colour)
         axes.plot([top_n, top_n], [0, _SHARE], color=colour, linestyle="dotted")
@@ -85,7 +85,7 @@ def _depth(axes: Axes, variants: list[Variant]) -> None:
 
 
 def _thresholds(axes: Axes, variants: list[Variant]) -> None:
-    for colour, variant in _coloured(variants):
+    for colour, variant in _colour(variants):
         thresholds = [each.threshold for each in variant.thresholds]
         if len(variants) == 1:
             axes.plot(thresholds, [each.precision for each in variant.thresholds], color=colour, label="precision")

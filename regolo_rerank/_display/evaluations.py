@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from regolo_rerank._display.tables import clipped, encodable, harmless
+from regolo_rerank._display.tables import clip, encodable, harmless
 
 if TYPE_CHECKING:
     from regolo_rerank._evaluation.figures import Evaluation, Measure, QueryChange, Variant
@@ -33,7 +33,7 @@ def text(evaluation: "Evaluation", encoding: str = "utf-8") -> str:
         encoding: What all of it can be encoded in.
     """
     parts = (
-        "\n".join(_lined(part)) if isinstance(part, _Table) else textwrap.fill(part, _COLUMNS)
+        "\n".join(_line(part)) if isinstance(part, _Table) else textwrap.fill(part, _COLUMNS)
         for part in _parts(evaluation)
     )
     return encodable("\n\n".join(parts), encoding)
@@ -57,14 +57,14 @@ def _parts(evaluation: "Evaluation") -> Iterator[_Table | str]:
             if variant.over_first:
                 yield f"{harmless(variant.name)} beside {harmless(variants[0].name)}: {_told(variant.over_first)}."
     for variant in variants:
-        yield _measured(variant, harmless(variant.name) if len(variants) > 1 else "")
+        yield _measure(variant, harmless(variant.name) if len(variants) > 1 else "")
         yield " ".join(_sentences(variant))
         better = [change for change in variant.changes if change.after > change.before][:_SHOWN_CHANGES]
         worse = [change for change in reversed(variant.changes) if change.after < change.before][:_SHOWN_CHANGES]
         if better:
-            yield _changed("Better the most, by the place of the first relevant document:", better)
+            yield _change("Better the most, by the place of the first relevant document:", better)
         if worse:
-            yield _changed("Worse the most:", worse)
+            yield _change("Worse the most:", worse)
 
 
 def _side_by_side(variants: Sequence["Variant"]) -> _Table:
@@ -76,7 +76,7 @@ def _side_by_side(variants: Sequence["Variant"]) -> _Table:
     return _Table("", [["", *first], before, *after])
 
 
-def _measured(variant: "Variant", title: str) -> _Table:
+def _measure(variant: "Variant", title: str) -> _Table:
     rows = [
         [
             name,
@@ -126,15 +126,15 @@ def _sentences(variant: "Variant") -> Iterator[str]:
         yield f"{len(variant.failed):,} queries failed and count nowhere; queries[{index}]: {harmless(problem)}."
 
 
-def _changed(title: str, changes: Sequence["QueryChange"]) -> _Table:
+def _change(title: str, changes: Sequence["QueryChange"]) -> _Table:
     rows = [
-        [f"{change.place_before} to {change.place_after}", clipped(harmless(change.query), _QUERY_COLUMNS)]
+        [f"{change.place_before} to {change.place_after}", clip(harmless(change.query), _QUERY_COLUMNS)]
         for change in changes
     ]
     return _Table(title, [["place", "query"], *rows])
 
 
-def _lined(table: _Table) -> list[str]:
+def _line(table: _Table) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
     lines = [table.title] if table.title else []
     for first, *numbers, last in table.rows:

@@ -119,7 +119,7 @@ class Run:
             recall_after=recall_after.tolist(),
         )
 
-    def _scored(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
+    def _score(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
         """Return the scores of all candidates of some queries, and a one for each that is relevant."""
         pairs = [
             (result.relevance_score, float(query.names[result.index] in query.grades))
@@ -131,13 +131,13 @@ class Run:
         return scores, relevant
 
     def _thresholds(self) -> list[Threshold]:
-        scores, relevant = self._scored(self.responses)
+        scores, relevant = self._score(self.responses)
         if not relevant.any():
             return []
         return [Threshold(*row) for row in threshold_curve(scores, relevant).tolist()]
 
     def _held_out_f1(self) -> float | None:
-        halves = [self._scored(list(self.responses)[start::2]) for start in (0, 1)]
+        halves = [self._score(list(self.responses)[start::2]) for start in (0, 1)]
         if not all(relevant.any() for _, relevant in halves):
             return None
         values = []

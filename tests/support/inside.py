@@ -169,4 +169,4 @@ def break_run_outputs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("regolo_rerank.langchain._outputs", fail)
+    monkeypatch.setattr("regolo_rerank.langchain._tell_outputs", fail)
