@@ -97,7 +97,7 @@ def rank_changes(
     names = [item.text for item in candidates] if labels is None else check_documents(labels, str, name="labels")
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: must be one for each candidate, got {len(names)} for {len(candidates)}")
-    return _draw([_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)
+    return _draw_picture([_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)
 
 
 def _list(items: Iterable[Any], name: str) -> list[Any]:
@@ -171,7 +171,7 @@ def _match(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
     return [found[rank] for rank in range(len(after))]
 
 
-def _draw(names: list[str], kept: list[_Kept]) -> Picture:
+def _draw_picture(names: list[str], kept: list[_Kept]) -> Picture:
     """Draw the chart; ranks count from 1 and downwards."""
     rows = max(len(names), 1)
     row = min(_ROW, _TALLEST / rows)
