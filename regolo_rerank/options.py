@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from copy import copy, deepcopy
+from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import httpx
@@ -221,9 +221,10 @@ class Options(BaseModel):
         """
         settings = copy(self)
         changes = {name: value for name, value in arguments.items() if value is not None}
-        if self.extra_body is not None:
+        for name in ("default_headers", "extra_body"):
             # A dict can be changed in place, past every check, and while the call is under way.
-            changes["extra_body"] = deepcopy(changes.get("extra_body", self.extra_body))
+            if (value := getattr(self, name)) is not None:
+                changes.setdefault(name, value)
         problem = _assign(settings, changes)
         if problem is None:
             return settings

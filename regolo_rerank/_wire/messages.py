@@ -36,6 +36,9 @@ __all__ = [
 
 _CLIP: Final = 2_000
 
+_SHORT_KEY: Final = 8
+"""Characters from which on no word holds a key by chance."""
+
 _NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
 _NAME: Final = "regolo_rerank-"
 """How the names of this package's requests begin."""
@@ -192,20 +195,31 @@ def read_error(
 
 def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
     """Return a body as text, clipped, and what it says of an error, both without the key."""
-    text = mask(body.decode("utf-8", "replace"), secret)
+    text = body.decode("utf-8", "replace")
     try:
         details = _find_error(json.loads(text))
     except (ValueError, RecursionError):
         details = {}
-    return text[:_CLIP], {name: _clean(details.get(name), secret) for name in ("message", "code", "type")}
+    shown = {name: _clean(details.get(name), secret) for name in ("message", "code", "type")}
+    return mask(text, secret)[:_CLIP], shown
 
 
 def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
     """Return a reply that does not quote the key in what callers see of it."""
     if not any(quoted.encode() in body for quoted in _spell(secret)):
         return reply
-    seen = json.loads(mask(json.dumps([reply.id, reply.meta]), secret))
-    return reply.model_copy(update={"id": seen[0], "meta": seen[1]})
+    return reply.model_copy(update={"id": _mask_all(reply.id, secret), "meta": _mask_all(reply.meta, secret)})
+
+
+def _mask_all(value: Any, secret: SecretStr) -> Any:
+    """Return JSON in whose strings the key is "***"."""
+    if isinstance(value, str):
+        return mask(value, secret)
+    if isinstance(value, list):
+        return [_mask_all(item, secret) for item in value]
+    if isinstance(value, dict):
+        return {mask(key, secret): _mask_all(item, secret) for key, item in value.items()}
+    return value
 
 
 def _spell(secret: SecretStr | None) -> set[str]:
@@ -216,9 +230,12 @@ def _spell(secret: SecretStr | None) -> set[str]:
 
 
 def mask(text: str, secret: SecretStr | None) -> str:
-    """Return a text in which the key, where it is quoted, is "***"."""
+    """Return a text in which the key, where it is quoted, is "***"; a short one, such as "1", only as a whole word."""
     for quoted in _spell(secret):
-        text = text.replace(quoted, "***")
+        if len(quoted) < _SHORT_KEY:
+            text = re.sub(rf"(?<!\w){re.escape(quoted)}(?!\w)", "***", text)
+        else:
+            text = text.replace(quoted, "***")
     return text
 
 
