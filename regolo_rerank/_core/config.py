@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.local import SCORER_EXTENSION
-from regolo_rerank._wire.messages import new_name
+from regolo_rerank._wire.names import new_name
 from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]

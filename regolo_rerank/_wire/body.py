@@ -6,7 +6,7 @@ from typing import Final
 
 import httpx
 
-from regolo_rerank._wire.messages import is_reply_to_another
+from regolo_rerank._wire.names import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
 __all__ = ["MAX_REPLY_BYTES", "ReplyBody"]

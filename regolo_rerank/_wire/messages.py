@@ -7,41 +7,24 @@ The shapes are those of Regolo's API page and of recorded exchanges with the gat
 import json
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Final
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
+from regolo_rerank._wire.names import NAME_HEADERS
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = [
-    "Reply",
-    "Request",
-    "Result",
-    "encode",
-    "is_reply_to_another",
-    "mask",
-    "new_name",
-    "read_error",
-    "read_reply",
-    "repair",
-    "request_id_of",
-]
+__all__ = ["Reply", "Request", "Result", "encode", "mask", "read_error", "read_reply", "repair", "request_id_of"]
 
 _CLIP: Final = 2_000
 
 _SHORT_KEY: Final = 8
 """Characters from which on no word holds a key by chance."""
-
-_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
-_NAME: Final = "regolo_rerank-"
-"""How the names of this package's requests begin."""
 
 
 class Request(BaseModel):
@@ -114,26 +97,9 @@ def repair(value: Any) -> Any:
     return value
 
 
-def new_name() -> dict[str, str]:
-    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
-    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
-
-
-def is_reply_to_another(response: httpx.Response) -> bool:
-    """Return whether a reply has the name of another request of this package.
-
-    Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
-    """
-    return "network_stream" in response.extensions and any(
-        (name := response.headers.get(header, "")).startswith(_NAME)
-        and response.request.headers.get(header, "") not in name
-        for header in _NAME_HEADERS
-    )
-
-
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return _clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
+    return _clean(next(filter(None, map(headers.get, NAME_HEADERS)), None), secret)
 
 
 def read_reply(body: bytes | bytearray, headers: Mapping[str, str], secret: SecretStr | None = None) -> Reply:
