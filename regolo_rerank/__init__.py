@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RegoloError,
         RerankCacheWarning,
         RerankFallbackWarning,
+        RerankSubstituteWarning,
         ServerError,
     )
     from regolo_rerank.prompts import PromptFormat
@@ -53,6 +54,7 @@ __all__ = [
     "RerankFallbackWarning",
     "RerankResponse",
     "RerankResult",
+    "RerankSubstituteWarning",
     "ServerError",
     "Usage",
     "__version__",
@@ -68,6 +70,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "RegoloRerank":
+        raise ImportError(
+            "RegoloRerank is in regolo_rerank.langchain, and in regolo_rerank.llama_index: import it there"
+        )
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

@@ -12,7 +12,7 @@ from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._display.progress import progress
 from regolo_rerank._transports.spread import Done
-from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.errors import InvalidInputError, RegoloError, ends_here
 from regolo_rerank.results import RerankResponse
 
 __all__ = ["RegoloClient"]
@@ -44,10 +44,11 @@ class RegoloClient(Reranker):
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> client.rerank("capital of China", ["Rome", "Beijing, capital of China"], top_n=1).results
-        [RerankResult(index=1, relevance_score=1.0, document='Beijing, capital of China')]
+        >>> documents = ["Rome", "Beijing, capital of China"]
+        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
+        'Beijing, capital of China'
     """
 
     def rerank(
@@ -162,20 +163,21 @@ class RegoloClient(Reranker):
             MissingAPIKeyError: The host demands a key, and there is none, at once.
             RegoloError: As in `rerank`, in the place of the pair that fails.
         """
-        config = self._configure(
-            {
-                "top_n": top_n,
-                "model": model,
-                "instruction": instruction,
-                "score_threshold": score_threshold,
-                "extra_body": extra_body,
-                "max_concurrency": max_concurrency,
-            },
-            self.http_client,
-        )
-        _check_pairs(pairs, Iterable)
-        config.require_key()  # refused at once
-        return self._many(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        with ends_here:
+            config = self._configure(
+                {
+                    "top_n": top_n,
+                    "model": model,
+                    "instruction": instruction,
+                    "score_threshold": score_threshold,
+                    "extra_body": extra_body,
+                    "max_concurrency": max_concurrency,
+                },
+                self.http_client,
+            )
+            _check_pairs(pairs, Iterable)
+            config.require_key()  # refused at once
+            return self._many(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     @overload
     def arerank_many(
@@ -212,20 +214,21 @@ class RegoloClient(Reranker):
 
         Leave the loop over it by `break` only inside `contextlib.aclosing`, so that what is under way ends at once.
         """
-        config = self._configure(
-            {
-                "top_n": top_n,
-                "model": model,
-                "instruction": instruction,
-                "score_threshold": score_threshold,
-                "extra_body": extra_body,
-                "max_concurrency": max_concurrency,
-            },
-            self.async_http_client,
-        )
-        _check_pairs(pairs, Iterable, AsyncIterable)
-        config.require_key()  # refused at once
-        return self._amany(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        with ends_here:
+            config = self._configure(
+                {
+                    "top_n": top_n,
+                    "model": model,
+                    "instruction": instruction,
+                    "score_threshold": score_threshold,
+                    "extra_body": extra_body,
+                    "max_concurrency": max_concurrency,
+                },
+                self.async_http_client,
+            )
+            _check_pairs(pairs, Iterable, AsyncIterable)
+            config.require_key()  # refused at once
+            return self._amany(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     def _many(
         self, config: RequestConfig, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
@@ -301,7 +304,8 @@ async def _aopen_calls(
 
 def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | InvalidInputError:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {type(pair).__name__}")
+        given = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
+        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {given}")
     try:
         return Call(config, pair[0], pair[1], done)
     except InvalidInputError as error:
@@ -322,10 +326,11 @@ def _unwrap(call: Call[Event] | Exception, *, return_exceptions: bool) -> Rerank
     if isinstance(call, _SourceError):
         raise call.args[0]
     try:
-        if isinstance(call, Exception):
-            raise call
-        call.close()
-        return call.result()
+        with ends_here:
+            if isinstance(call, Exception):
+                raise call
+            call.close()
+            return call.result()
     except RegoloError as error:
         if return_exceptions:
             return error.with_traceback(None)  # whose frames would keep the call and its documents

@@ -1,23 +1,24 @@
 """Everything that can go wrong with a call.
 
     RegoloError
-    ├── InvalidInputError(ValueError)      refused before sending
-    ├── MissingAPIKeyError(ValueError)     no key for a host that demands one
-    ├── APIConnectionError                 the server could not be reached, or hung up
-    │   └── APITimeoutError                no complete reply within `timeout`
-    ├── APIStatusError                     the server said no
-    │   ├── BadRequestError                400, 413, 422
-    │   ├── AuthenticationError            401
-    │   ├── PermissionDeniedError          403
-    │   ├── NotFoundError                  404
-    │   ├── RateLimitError                 429
-    │   └── ServerError                    408, 5xx
-    └── APIResponseError                   a 2xx that cannot be trusted
+    ├── InvalidInputError(ValueError)   refused before sending
+    ├── MissingAPIKeyError(ValueError)  no key for a host that demands one
+    ├── APIConnectionError              the server could not be reached, or hung up
+    │   └── APITimeoutError             no complete reply within `timeout`
+    ├── APIStatusError                  the server said no
+    │   ├── BadRequestError             400, 413, 422
+    │   ├── AuthenticationError         401
+    │   ├── PermissionDeniedError       403
+    │   ├── NotFoundError               404
+    │   ├── RateLimitError              429
+    │   └── ServerError                 408, 5xx
+    └── APIResponseError                a 2xx that cannot be trusted
 
-Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, and `RerankCacheWarning` tells of a
-`cache` that fails.
+Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, `RerankCacheWarning` tells of a
+`cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.
 """
 
+from types import TracebackType
 from typing import Any
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RegoloError",
     "RerankCacheWarning",
     "RerankFallbackWarning",
+    "RerankSubstituteWarning",
     "ServerError",
 ]
 
@@ -123,7 +125,7 @@ class APIResponseError(RegoloError):
     """A 2xx reply that cannot be trusted.
 
     It is no JSON, has the wrong shape, holds an error, leaves a document out, names one twice or one that was not
-    sent, or gives a score that is not a finite number.
+    sent, gives a score that is not a finite number, or comes from another model than was asked for.
 
     Attributes:
         request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
@@ -152,6 +154,22 @@ class RerankCacheWarning(UserWarning):
 class RerankFallbackWarning(UserWarning):
     """Reranking failed, and `on_error="return_input"` gave the input back in its own order."""
 
+
+class RerankSubstituteWarning(UserWarning):
+    """Another model than was asked for gave a ranking, and `allow_substitutes=True` took it."""
+
+
+class _EndsHere:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        if traceback is not None and isinstance(error, RegoloError):
+            traceback.tb_next = None
+
+
+ends_here = _EndsHere()
+"""`with ends_here:` lets an error of a call show its caller's line, and none of the frames that it came through."""
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     400: BadRequestError,

@@ -1,11 +1,11 @@
 """LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 try:
     from langchain_core import __version__ as langchain_version
-    from langchain_core.callbacks import Callbacks
+    from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
     from langchain_core.runnables.config import (
         RunnableConfig,
@@ -21,11 +21,11 @@ from pydantic import SecretStr, model_validator
 from regolo_rerank._adapters.base import AdapterOptions, Outcome
 from regolo_rerank._adapters.spans import show_inputs, show_outputs
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
-    from langchain_core.runnables import Runnable
+    from langchain_core.runnables import RunnableSerializable
 
 __all__ = ["RegoloRerank"]
 
@@ -62,16 +62,17 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     Args:
         api_key: The key, also as `regolo_api_key`; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
+        **options: Any option, by name: those below, and those of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
 
-    Example:
+    Examples:
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
-        >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
-        >>> reranker.compress_documents(documents, "capital of China")
-        [Document(metadata={'relevance_score': 1.0}, page_content='Beijing is the capital of China.')]
+        >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
+        >>> best = reranker.compress_documents(documents, "capital of China")[0]
+        >>> best.page_content, list(best.metadata)
+        ('Beijing, capital of China', ['relevance_score'])
     """
 
     metadata_fields: tuple[str, ...] = ()
@@ -114,7 +115,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             RegoloError: See `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
                 `RerankFallbackWarning` instead.
         """
-        return self._traced(documents, query, _config(callbacks))
+        with ends_here:
+            return self._trace(documents, query, _config(callbacks))
 
     async def acompress_documents(
         self,
@@ -123,7 +125,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         callbacks: Callbacks | None = None,
     ) -> list[Document]:
         """Return what `compress_documents` does, without blocking the event loop."""
-        return await self._atraced(documents, query, _config(callbacks))
+        with ends_here:
+            return await self._atrace(documents, query, _config(callbacks))
 
     def rerank(
         self,
@@ -132,6 +135,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         *,
         model: str | None = None,
         top_n: int | None = None,
+        instruction: str | None = None,
     ) -> list[RankedIndex]:
         """Rank documents of any kind, as LangChain's other rerankers do.
 
@@ -140,6 +144,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             query: What was searched; not blank.
             model: Name of the reranking model; None takes the option.
             top_n: Results kept; None takes the option.
+            instruction: The task in a sentence; None takes the option.
 
         Returns:
             min(N, top_n) dicts at most, the best first, with `index` into `documents` and `relevance_score`.
@@ -147,7 +152,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Raises:
             RegoloError: See `RegoloClient.rerank`; `on_error` does not apply, since indices need scores.
         """
-        return _as_dicts(self._rank(query, self._texts(documents), model=model, top_n=top_n))
+        with ends_here:
+            ranking = self._rank(query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction)
+            return _as_dicts(ranking)
 
     async def arerank(
         self,
@@ -156,83 +163,115 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         *,
         model: str | None = None,
         top_n: int | None = None,
+        instruction: str | None = None,
     ) -> list[RankedIndex]:
         """Rank as `rerank` does, without blocking the event loop."""
-        return _as_dicts(await self._arank(query, self._texts(documents), model=model, top_n=top_n))
+        with ends_here:
+            ranking = await self._arank(
+                query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction
+            )
+            return _as_dicts(ranking)
 
-    def as_runnable(self) -> "Runnable[Candidates | dict[str, Any], list[Document]]":
+    def as_runnable(
+        self, *, query_key: str = "query", documents_key: str = "documents"
+    ) -> "RunnableSerializable[Candidates | dict[str, Any], list[Document]]":
         """Return this reranker as a step of an LCEL chain.
 
         It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
         later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
-        other inputs.
+        other inputs. By `invoke`, `bind` or `configurable_fields` it takes what `RegoloClient.rerank` takes for one
+        call: top_n, model, instruction, score_threshold and extra_body.
 
-        Example:
+        Args:
+            query_key: Where its input has the query.
+            documents_key: Where its input has the documents.
+
+        Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
-            >>> step.invoke({"query": "pasta", "documents": [Document("Pasta al pesto")]})[0].page_content
-            'Pasta al pesto'
+            >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
+            >>> candidates = {"query": "capital of China", "documents": documents}
+            >>> step.invoke(candidates, top_n=1)[0].page_content
+            'Beijing, capital of China'
         """
         # LangChain's runnables take longer to load than all else together.
         from regolo_rerank._adapters.runnable import Step
 
-        return Step(type(self).__name__, self._traced, self._atraced)
+        return Step(
+            name=type(self).__name__,
+            rerank=self._trace,
+            arerank=self._atrace,
+            query_key=query_key,
+            documents_key=documents_key,
+        )
 
-    def _traced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    def _trace(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         """Rerank in a run of its own, where somebody listens."""
         documents = check_documents(documents, Document)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._outcome(query, documents, self._contents, _scored).kept
-        inputs = self._inputs(documents, query)
-        run = manager.on_chain_start(None, inputs, **self._identity(config))
+            return self._rerank(query, documents, self._get_texts, _attach_scores, **arguments).kept
+        inputs = self._tell_inputs(documents, query, arguments)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
+        run = manager.on_chain_start(None, inputs, **self._identify(config))
         show_inputs(run, **inputs)
         try:
-            outcome = self._outcome(query, documents, self._contents, _scored)
+            outcome = self._rerank(query, documents, self._get_texts, _attach_scores, **arguments)
         except BaseException as error:
             run.on_chain_error(error)
             raise
-        outputs = _outputs(outcome)
+        outputs = _tell_outputs(outcome)
         show_outputs(run, **outputs)
+        _count_tokens(run, outcome)
         run.on_chain_end(outputs)
         return outcome.kept
 
-    async def _atraced(self, documents: Sequence[Document], query: str, config: RunnableConfig) -> list[Document]:
+    async def _atrace(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    ) -> list[Document]:
         documents = check_documents(documents, Document)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return (await self._aoutcome(query, documents, self._contents, _scored)).kept
-        inputs = self._inputs(documents, query)
-        run = await manager.on_chain_start(None, inputs, **self._identity(config))
+            return (await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)).kept
+        inputs = self._tell_inputs(documents, query, arguments)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
+        run = await manager.on_chain_start(None, inputs, **self._identify(config))
         show_inputs(run, **inputs)
         try:
-            outcome = await self._aoutcome(query, documents, self._contents, _scored)
+            outcome = await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)
         except BaseException as error:
             await run.on_chain_error(error)
             raise
-        outputs = _outputs(outcome)
+        outputs = _tell_outputs(outcome)
         show_outputs(run, **outputs)
+        _count_tokens(run, outcome)
         await run.on_chain_end(outputs)
         return outcome.kept
 
-    def _identity(self, config: RunnableConfig) -> dict[str, Any]:
+    def _identify(self, config: RunnableConfig) -> dict[str, Any]:
         return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
 
-    def _inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
-        # A handler may change what it is shown, while the call goes on.
-        return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
+    def _tell_inputs(self, documents: list[Document], query: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "query": query,
+            "documents": list(documents),  # a handler may change what it is shown, while the call goes on
+            "model": self._argument("model", arguments),
+            "top_n": self._argument("top_n", arguments),
+        }
 
-    def _contents(self, documents: list[Document]) -> list[str]:
+    def _get_texts(self, documents: list[Document]) -> list[str]:
         if not self.metadata_fields:
             return [document.page_content for document in documents]
-        return [self._content(document) for document in documents]
+        return [self._get_text(document) for document in documents]
 
-    def _texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
+    def _read_texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
         return [
-            self._text(index, document)
+            self._read_text(index, document)
             for index, document in enumerate(check_documents(documents, str, Document, dict))
         ]
 
-    def _text(self, index: int, document: str | Document | dict[str, Any]) -> str:
+    def _read_text(self, index: int, document: str | Document | dict[str, Any]) -> str:
         if isinstance(document, str):
             return document
         if isinstance(document, dict):
@@ -242,9 +281,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
                     f"documents[{index}]: a dict's text is a string in 'text', got {type(text).__name__}"
                 )
             return text
-        return self._content(document)
+        return self._get_text(document)
 
-    def _content(self, document: Document) -> str:
+    def _get_text(self, document: Document) -> str:
         lines = [f"{key}: {document.metadata[key]}" for key in self.metadata_fields if key in document.metadata]
         return "\n".join([*lines, document.page_content]) if lines else document.page_content
 
@@ -254,7 +293,7 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
     return ensure_config() if callbacks is None else {"callbacks": callbacks}
 
 
-def _scored(documents: list[Document], response: RerankResponse) -> list[Document]:
+def _attach_scores(documents: list[Document], response: RerankResponse) -> list[Document]:
     return [
         (document := documents[result.index]).model_copy(
             update={"metadata": {**document.metadata, "relevance_score": result.relevance_score}}
@@ -263,11 +302,25 @@ def _scored(documents: list[Document], response: RerankResponse) -> list[Documen
     ]
 
 
-def _outputs(outcome: Outcome[Document]) -> dict[str, Any]:
+def _tell_outputs(outcome: Outcome[Document]) -> dict[str, Any]:
     """Return what a run tells: the documents with their scores, and how they came about."""
     fallback = outcome.report["fallback"]
     scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
     return {"documents": list(outcome.kept), "scores": scores, **outcome.report}
+
+
+def _count_tokens(
+    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, outcome: Outcome[Document]
+) -> None:
+    """Tell tracers of the tokens where LangChain's own models do, so that LangSmith counts them."""
+    tokens = (outcome.report["usage"] or {}).get("total_tokens")
+    if tokens is None:
+        return
+    for handler in run.handlers:
+        traced = getattr(handler, "run_map", {}).get(str(run.run_id))
+        if traced is not None:
+            usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
+            traced.extra.setdefault("metadata", {})["usage_metadata"] = usage
 
 
 def _as_dicts(response: RerankResponse) -> list[RankedIndex]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 try:
     from llama_index.core import __version__ as llama_index_version
@@ -17,15 +17,13 @@ except ImportError as error:
 
 from pydantic import model_validator
 
-from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_of_failure
+from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_failure
 from regolo_rerank._adapters.spans import show_report
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse, Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
-
-_RETRIEVAL_SCORE: Final = "retrieval_score"
 
 _dispatcher = get_dispatcher(__name__)
 
@@ -36,7 +34,7 @@ class RegoloReRankEndEvent(ReRankEndEvent):
     Attributes:
         response_id: The service's name for the first reply; None where there is none.
         request_ids: The gateway's name for each request that has one, for support.
-        usage: Tokens and requests, added up over all requests of the call; None where the call failed.
+        usage: Tokens, requests and cost, added up over all requests of the call; None where the call failed.
         fallback: Whether `on_error="return_input"` has given the input back, unranked.
         error: What went wrong with a call that failed or fell back; None where it has ranked.
 
@@ -55,23 +53,28 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     """Reranks nodes with Regolo.ai's Rerank API.
 
     `postprocess_nodes(nodes, query_bundle=None, query_str=None)` takes N nodes (`NodeWithScore`) and a query in one of
-    its two forms, and returns min(N, top_n) copies at most, the best first, with `score` set to the relevance score;
-    the caller's own are never changed. `apostprocess_nodes` is the same, natively async.
+    its two forms, and returns min(N, top_n) copies at most, the best first. Their `score` is the relevance score, and
+    so is `relevance_score` in their metadata, which the next postprocessor leaves alone, and which neither the LLM nor
+    an embedding model sees. The caller's own are never changed. `apostprocess_nodes` is the same, natively async.
+    `callback_manager`, for handlers of LlamaIndex's older kind, is an option too.
 
     Args:
         api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any option, by name: those below, of `AdapterOptions` and of `Options`.
+        callback_manager: LlamaIndex's own, for handlers of its older kind; may be assigned later.
+        **options: Any option, by name: those below, and those of `Options`.
 
     Raises:
         pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
         RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
             `RerankFallbackWarning` instead.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import TextNode
-        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("Rome", "Beijing, capital of China")]
-        >>> RegoloRerank(base_url="local://", top_n=1).postprocess_nodes(nodes, query_str="capital of China")[0].score
-        1.0
+        >>> texts = ["Rome", "Beijing, capital of China"]
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+        >>> reranker = RegoloRerank(base_url="local://", top_n=1)
+        >>> reranker.postprocess_nodes(nodes, query_str="capital of China")[0].text
+        'Beijing, capital of China'
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED
@@ -98,23 +101,25 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
-            run.outcome = self._outcome(run.query, run.nodes, self._texts, self._scored)
+        with ends_here, self._report(nodes, query_bundle) as run:
+            run.outcome = self._rerank(run.query, run.nodes, self._read_texts, self._attach_scores)
         return run.outcome.kept
 
     @_dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as run:
-            run.outcome = await self._aoutcome(run.query, run.nodes, self._texts, self._scored)
+        with ends_here, self._report(nodes, query_bundle) as run:
+            run.outcome = await self._arerank(run.query, run.nodes, self._read_texts, self._attach_scores)
         return run.outcome.kept
 
     @contextmanager
-    def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
+    def _report(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
         """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
         if query_bundle is None:
-            raise InvalidInputError("Missing query bundle in extra info.")
+            raise InvalidInputError(
+                "Missing query bundle in extra info. Pass query_str, or query_bundle=QueryBundle(...)."
+            )
         if not isinstance(query_bundle, QueryBundle):
             kind = type(query_bundle).__name__
             raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
@@ -135,39 +140,40 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
                 kept, report = run.outcome.kept, run.outcome.report
                 event.on_end(payload={EventPayload.NODES: list(kept), EventPayload.ADDITIONAL_KWARGS: report})
         except BaseException as error:
-            run.outcome = Outcome([], report_of_failure(error, fallback=False))
+            run.outcome = Outcome([], report_failure(error, fallback=False))
             raise
         finally:
             show_report(run.outcome.report)
             _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
 
-    def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
+    def _read_texts(self, nodes: list[NodeWithScore]) -> list[str]:
         return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
 
-    def _scored(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
+    def _attach_scores(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
         return [
-            nodes[result.index].model_copy(
-                update={"node": self._copied(nodes[result.index]), "score": result.relevance_score}
+            (candidate := nodes[result.index]).model_copy(
+                update={
+                    "node": _with_metadata(candidate.node, self._scores(candidate, result.relevance_score)),
+                    "score": result.relevance_score,
+                }
             )
             for result in response.results
         ]
 
-    def _copied(self, candidate: NodeWithScore) -> BaseNode:
-        node = candidate.node
-        if not self.keep_retrieval_score:
-            return node.model_copy(update={"metadata": dict(node.metadata)})
-        return node.model_copy(
-            update={
-                "metadata": {**node.metadata, _RETRIEVAL_SCORE: candidate.score},
-                # The text that the LLM sees stays the same.
-                "excluded_embed_metadata_keys": _with_score(node.excluded_embed_metadata_keys),
-                "excluded_llm_metadata_keys": _with_score(node.excluded_llm_metadata_keys),
-            }
-        )
+    def _scores(self, candidate: NodeWithScore, relevance_score: float) -> dict[str, float | None]:
+        kept = {"retrieval_score": candidate.score} if self.keep_retrieval_score else {}
+        return {**kept, "relevance_score": relevance_score}
 
 
-def _with_score(keys: list[str]) -> list[str]:
-    return [*dict.fromkeys([*keys, _RETRIEVAL_SCORE])]
+def _with_metadata(node: BaseNode, further: dict[str, Any]) -> BaseNode:
+    """Return a copy of a node with further metadata, which no text shows."""
+    return node.model_copy(
+        update={
+            "metadata": {**node.metadata, **further},
+            "excluded_embed_metadata_keys": list(dict.fromkeys([*node.excluded_embed_metadata_keys, *further])),
+            "excluded_llm_metadata_keys": list(dict.fromkeys([*node.excluded_llm_metadata_keys, *further])),
+        }
+    )
 
 
 @dataclass(slots=True)

@@ -4,9 +4,7 @@
 argument of a single call is checked by the option that it stands in for.
 """
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, MutableMapping
 from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -26,8 +24,8 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
 from regolo_rerank._wire.checks import (
     API_KEY_VARIABLE,
     check_base_url,
@@ -36,7 +34,9 @@ from regolo_rerank._wire.checks import (
     check_headers,
     check_key,
     check_text,
+    client_check,
     dump_key,
+    explain,
     read_environment_key,
 )
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
@@ -88,17 +88,18 @@ class Options(BaseModel):
     """Results kept, the best first; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it; the default is a web search, as in Regolo's
-    API examples."""
+    """The task in a sentence, for prompt formats that have a place for it, in the query or in a field of its own; the
+    default is a web search, as in Regolo's API examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
-        | Annotated[Literal["auto", "tagged", "documented", "chat", "plain"], Tag("name")],
+        | Annotated[Literal["auto", "tagged", "documented", "chat", "server_template", "plain"], Tag("name")],
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
     """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
     for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
-    model scores lower, as Regolo's page says."""
+    model scores lower, as Regolo's page says; a server that has the model's template puts them in by itself, and gets
+    `server_template`."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
     """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
@@ -112,7 +113,7 @@ class Options(BaseModel):
     """Further attempts after the first, at least 0, for one request."""
 
     max_retry_seconds: Annotated[Seconds, Field(ge=0)] = 90.0
-    """Seconds from a request's first sending after which no further attempt starts."""
+    """Seconds, from when a request could first be sent, after which no further attempt starts."""
 
     batch_size: Count = 100
     """Documents in one request at most."""
@@ -132,45 +133,67 @@ class Options(BaseModel):
     extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
     """Further JSON fields of the request."""
 
+    allow_substitutes: bool = Field(default=False, strict=True)
+    """Lets another model than `model` give a ranking, where the gateway has replaced one that fails: with a
+    `RerankSubstituteWarning`, for whole calls only, and never into the `cache`. A model's name is a promise in other
+    clients too, so by default such a reply is an `APIResponseError`; and regolo.ai is asked not to replace a model."""
+
     allow_http: bool = Field(default=False, strict=True)
     """Lets the key go over plain http to a host that is not this machine."""
 
     cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
-    """Where scores are kept: a dict, `cachetools.LRUCache`, `diskcache.Cache` or any other mapping. Only pairs that it
-    does not hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
+    """Where scores are kept: a dict, `cachetools.LRUCache`, or any other mapping to floats. Only pairs that it does not
+    hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the lexical one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
 
-    http_client: SkipJsonSchema[httpx.Client | None] = Field(default=None, exclude=True, repr=False)
+    http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
+        default=None, exclude=True, repr=False
+    )
     """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
 
-    async_http_client: SkipJsonSchema[httpx.AsyncClient | None] = Field(default=None, exclude=True, repr=False)
+    async_http_client: SkipJsonSchema[
+        Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
+    ] = Field(default=None, exclude=True, repr=False)
     """The same for async calls."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
+        __signature__ = OptionsSignature()
+
+        @classmethod
+        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+            super().__pydantic_init_subclass__(**kwargs)
+            if cls.__doc__:
+                cls.__doc__ = OptionsDocstring(cls.__doc__)
+
+        @classmethod
+        def __pydantic_on_complete__(cls) -> None:
+            super().__pydantic_on_complete__()
+            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
 
         def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
+            """Take the options, each of them checked."""
             try:
                 super().__init__(api_key=api_key, **options)
             except ValidationError as error:
-                problem = _explain(error, type(self))
+                problem = explain(error, type(self))
             else:
                 return
-            # A mistyped `apikey=` must not show in a traceback with locals.
-            del api_key, options
+            # A mistyped `apikey=` must not show in a traceback with locals, which misses what is deleted.
+            api_key = options = None
             raise problem
 
         def __setattr__(self, name: str, value: Any) -> None:
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                problem = _explain(error, type(self))
+                problem = explain(error, type(self))
             else:
                 return
-            del value
+            value = None
             raise problem
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -188,7 +211,7 @@ class Options(BaseModel):
         problem = _assign(copied, update or {})
         if problem is None:
             return copied
-        del update
+        update = None
         raise problem
 
     def _part_from_original(self) -> None:
@@ -254,6 +277,16 @@ class Options(BaseModel):
                 return endpoint
         raise InvalidInputError(problem)
 
+    def fields_for(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Return the fields of a request to an endpoint besides those that the API names.
+
+        Args:
+            endpoint: Where requests go.
+        """
+        # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
+        refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
+        return refusal | self.format_for(endpoint).format_fields(self.instruction) | (self.extra_body or {})
+
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.
 
@@ -268,7 +301,7 @@ class Options(BaseModel):
             return None
         key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
         if not key.get_secret_value():
-            if endpoint.demands_key:
+            if endpoint.is_regolo:
                 raise MissingAPIKeyError(
                     f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
                     f"api_key; to try without one, base_url='local://' scores on this machine"
@@ -306,29 +339,3 @@ def _assign(options: Options, values: Mapping[str, Any]) -> ValidationError | No
     except ValidationError as error:
         return error.with_traceback(None)
     return None
-
-
-def _explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
-    """Return the same error with the type of each refused value in words, and the value itself left out."""
-    lines = []
-    for line in error.errors(include_url=False, include_context=False):
-        reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
-        if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
-            reason = _describe_unknown(cls, str(loc[0]))
-        elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
-            reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
-        # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
-        short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
-        shown = f" ({value!r})" if short else ""
-        problem = PydanticCustomError(
-            line["type"],
-            "{reason}, got {kind}",
-            {"reason": reason, "kind": f"{type(value).__name__}{shown}"},
-        )
-        lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
-    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
-
-
-def _describe_unknown(cls: type[BaseModel], name: str) -> str:
-    close = difflib.get_close_matches(name, cls.model_fields, n=1)
-    return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from io import BytesIO
 from numbers import Real
 from typing import Any, Final, NamedTuple
 
@@ -11,19 +10,20 @@ try:
     import numpy as np
     from matplotlib import rcParams
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
     from matplotlib.lines import Line2D
-    from PIL import Image
+
+    from regolo_rerank._display.evaluation_picture import evaluation_summary
+    from regolo_rerank._display.picture import Picture
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
 from regolo_rerank._core.inputs import check_documents
-from regolo_rerank._display.tables import aligned, clipped, harmless, shown_score
+from regolo_rerank._display.tables import align, clip, harmless, shown_score
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse, RerankResult
 
-__all__ = ["Picture", "rank_changes"]
+__all__ = ["Picture", "evaluation_summary", "rank_changes"]
 
 _LABEL_COLUMNS: Final = 36
 _CHART: Final = 3.6
@@ -38,18 +38,6 @@ _LEFT_TO_RIGHT: Final = "\N{LEFT-TO-RIGHT MARK}"
 """Around a name, so that one in Arabic or Hebrew keeps the numbers beside it in their place."""
 _NO_CHARACTER: Final = 0x10FFFF
 """Only a font of placeholders has a glyph for it."""
-
-
-class Picture(Figure):
-    """A Matplotlib figure that a notebook shows as an image, whether or not `pyplot` was ever imported."""
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        # Twice the pixels in the same place: sharp on the screens of today. A palette takes a quarter of the bytes, and
-        # notebooks are stored with their pictures.
-        image, small = BytesIO(), BytesIO()
-        self.savefig(image, format="png", dpi=2 * self.dpi)
-        Image.open(image).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-        return small.getvalue(), {"width": round(self.get_figwidth() * self.dpi)}
 
 
 _LOOKS: Final[dict[str, dict[str, Any]]] = {
@@ -94,25 +82,27 @@ def rank_changes(
         labels: What to call the N candidates, such as their titles; None takes their texts.
 
     Returns:
-        A figure that is not registered with `pyplot`: a notebook shows it, and `savefig` writes it.
+        A figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
 
     Raises:
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there
             are not as many labels as candidates.
 
-    Example:
+    Examples:
         >>> before = ["Rome is in Italy.", "Beijing is the capital of China."]
         >>> picture = rank_changes(before, before[::-1])
     """
-    candidates = [_candidate(item, f"before[{index}]") for index, item in enumerate(_listed(before, "before"))]
-    kept = _kept(candidates, _listed(after.results if isinstance(after, RerankResponse) else after, "after"))
+    candidates = [_candidate(item, f"before[{index}]") for index, item in enumerate(_list(before, "before"))]
+    kept = _find_kept(candidates, _list(after.results if isinstance(after, RerankResponse) else after, "after"))
     names = [item.text for item in candidates] if labels is None else check_documents(labels, str, name="labels")
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: must be one for each candidate, got {len(names)} for {len(candidates)}")
-    return _drawn([_LEFT_TO_RIGHT + clipped(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)
+    return _draw_picture(
+        [_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept
+    )
 
 
-def _listed(items: Iterable[Any], name: str) -> list[Any]:
+def _list(items: Iterable[Any], name: str) -> list[Any]:
     if isinstance(items, (str, bytes, Mapping, AbstractSet)) or not isinstance(items, Iterable):
         raise InvalidInputError(f"{name}: must be a list of candidates, got {type(items).__name__}")
     return list(items)
@@ -133,11 +123,11 @@ def _candidate(item: Any, place: str) -> _Candidate:
     )
 
 
-def _kept(before: list[_Candidate], after: list[Any]) -> list[_Kept]:
+def _find_kept(before: list[_Candidate], after: list[Any]) -> list[_Kept]:
     if all(isinstance(item, RerankResult) for item in after):
         return _by_index(before, after)
     candidates = [_candidate(item, f"after[{rank}]") for rank, item in enumerate(after)]
-    places = _matched(before, candidates)
+    places = _match(before, candidates)
     return [_Kept(place, candidate.score) for place, candidate in zip(places, candidates, strict=True)]
 
 
@@ -165,7 +155,7 @@ _SIGNS: Final[tuple[Callable[[_Candidate], Hashable], ...]] = (
 """What a candidate is recognised by, the surest first: ids may be lost or shared, texts changed or equal."""
 
 
-def _matched(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
+def _match(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
     """Return the index in `before` of each candidate in `after`: each index once, equals in order."""
     found: dict[int, int] = {}
     for sign in _SIGNS:
@@ -183,7 +173,7 @@ def _matched(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
     return [found[rank] for rank in range(len(after))]
 
 
-def _drawn(names: list[str], kept: list[_Kept]) -> Picture:
+def _draw_picture(names: list[str], kept: list[_Kept]) -> Picture:
     """Draw the chart; ranks count from 1 and downwards."""
     rows = max(len(names), 1)
     row = min(_ROW, _TALLEST / rows)
@@ -214,7 +204,7 @@ def _before(names: list[str]) -> list[str]:
 
 
 def _after(names: list[str], kept: list[_Kept]) -> list[str]:
-    scores = aligned([shown_score(float(score)) if isinstance(score, Real) else "" for _, score in kept], _FIGURE_SPACE)
+    scores = align([shown_score(float(score)) if isinstance(score, Real) else "" for _, score in kept], _FIGURE_SPACE)
     return [
         "  ".join(filter(None, (rank, score, names[place])))
         for rank, score, (place, _) in zip(_ranks(len(kept)), scores, kept, strict=True)
@@ -234,7 +224,7 @@ def _draw(axes: Axes, before: int, after: int | None) -> str:
 
 
 def _ranks(count: int) -> list[str]:
-    return aligned([str(rank) for rank in range(1, count + 1)], _FIGURE_SPACE)
+    return align([str(rank) for rank in range(1, count + 1)], _FIGURE_SPACE)
 
 
 def _label(axes: Any, labels: list[str], size: float) -> None:

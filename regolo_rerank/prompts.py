@@ -1,7 +1,8 @@
-"""The two strings that the model sees for an instruction, a query and a document.
+"""What a request says for an instruction, a query and a document: two strings, and for some servers a field.
 
 A reranker is a language model that judges a prompt, and a prompt in another form than the one it was trained on scores
-lower. The presets come from Regolo's API examples and from the Qwen3-Reranker model card.
+lower. The presets come from Regolo's API examples, from the Qwen3-Reranker model card, and from vLLM, which puts the
+model's prompt together by itself where it was started with `--chat-template`.
 """
 
 import re
@@ -9,6 +10,8 @@ from collections.abc import Iterable
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from regolo_rerank._wire.checks import API_FIELDS
 
 __all__ = ["DEFAULT_INSTRUCTION", "PRESETS", "PromptFormat", "preset_for"]
 
@@ -27,13 +30,17 @@ class PromptFormat(BaseModel):
     Attributes:
         query: Template of the query string; holds `{query}` once and may hold `{instruction}`.
         document: Template of the document string; holds `{document}` once.
+        instruction_field: Name of the field of the request that holds the instruction, for servers that put it into
+            the prompt: `instruction` in vLLM. None where the query string holds it, or nothing does.
         escape: Whether special tokens in the filled-in text are made harmless. The preset `plain` does not.
 
     Raises:
-        pydantic.ValidationError: A template lacks its placeholder, or holds the other's.
+        pydantic.ValidationError: A template lacks its placeholder, or holds the other's, or the instruction would be
+            sent twice or in the place of something else.
 
-    Example:
-        >>> PromptFormat(query="Task: {instruction}\nQ: {query}", document="D: {document}").format_document("<|x|>")
+    Examples:
+        >>> short = PromptFormat(query="Q: {query}", document="D: {document}")
+        >>> short.format_document("<|x|>")
         'D: < |x|>'
     """
 
@@ -41,6 +48,7 @@ class PromptFormat(BaseModel):
 
     query: str = "{query}"
     document: str = "{document}"
+    instruction_field: str | None = None
     escape: bool = True
 
     @model_validator(mode="after")
@@ -55,7 +63,24 @@ class PromptFormat(BaseModel):
                     f"the {needed} template must hold {{{needed}}} exactly once, and no placeholder but "
                     f"{', '.join(f'{{{name}}}' for name in sorted(allowed))}"
                 )
+        if self.instruction_field is not None:
+            if "{instruction}" in self.query:
+                raise ValueError(
+                    "the instruction goes into the query template or into instruction_field, not into both"
+                )
+            if not self.instruction_field.strip() or self.instruction_field in API_FIELDS:
+                raise ValueError(
+                    f"instruction_field must name a field of its own, which {', '.join(sorted(API_FIELDS))} are not"
+                )
         return self
+
+    def format_fields(self, instruction: str) -> dict[str, str]:
+        """Return the fields of a request besides query and documents.
+
+        Args:
+            instruction: The task in a sentence.
+        """
+        return {} if self.instruction_field is None else {self.instruction_field: self._fill("", instruction)}
 
     def format_query(self, query: str, instruction: str) -> str:
         """Return the query string of a request.
@@ -123,6 +148,7 @@ PRESETS: Final[dict[str, PromptFormat]] = {
         ),
         document="<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
+    "server_template": PromptFormat(instruction_field="instruction"),
     "plain": PromptFormat(escape=False),
 }
 
@@ -132,7 +158,7 @@ def preset_for(model: str, *, embedded: bool) -> PromptFormat:
 
     Args:
         model: The model's name, with or without an organisation in front (`Qwen/Qwen3-Reranker-4B`).
-        embedded: Whether the embedded endpoint answers; its lexical scorer would match the instruction's words.
+        embedded: Whether the embedded endpoint answers; its scorer would read the instruction's words.
     """
     tagged = model.rpartition("/")[2].startswith("Qwen3-Reranker") and not embedded
     return PRESETS["tagged" if tagged else "plain"]

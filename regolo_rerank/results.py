@@ -1,7 +1,8 @@
 """What a call gives: a ranking, its results and what they took."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 __all__ = ["RerankResponse", "RerankResult", "Usage"]
 
@@ -38,21 +39,25 @@ class Usage:
     Attributes:
         total_tokens: Tokens as the service counted them, added up over the replies that tell; None where none does.
         requests: HTTP requests sent, retries included: each spends one of the account's rate limit.
+        cost: US dollars as the service counts them (header `x-litellm-response-cost`), added up over the replies that
+            tell; None where none does. A gateway that knows no price for the model says 0.0.
     """
 
     total_tokens: int | None = None
     requests: int = 0
+    cost: float | None = None
 
 
 @dataclass(slots=True)
 class RerankResponse:
-    """A ranking, the best document first.
+    """A ranking, the best document first; its length, items and slices are those of `results`.
 
     Attributes:
         id: The service's name for the first reply; None where nothing was sent.
+        model: The model that has answered, as far as the server says it; None where it does not, or nothing was sent.
         results: The documents that were kept, by falling score, equal scores in input order.
         meta: The `meta` of the first reply, as it came.
-        usage: Tokens and requests, added up over all requests of the call.
+        usage: Tokens, requests and cost, added up over all requests of the call.
         request_ids: The gateway's name for each request that has one (header `x-litellm-call-id`), for support.
     """
 
@@ -61,6 +66,22 @@ class RerankResponse:
     meta: Any = None
     usage: Usage = field(default_factory=Usage)
     request_ids: list[str] = field(default_factory=list)
+    model: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[RerankResult]:
+        return iter(self.results)
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> RerankResult: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[RerankResult]: ...
+
+    def __getitem__(self, place: SupportsIndex | slice) -> RerankResult | list[RerankResult]:
+        return self.results[place]
 
     def __str__(self) -> str:
         from regolo_rerank._display.tables import text

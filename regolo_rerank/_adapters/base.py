@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -12,7 +12,7 @@ from regolo_rerank.errors import RegoloError, RerankFallbackWarning
 from regolo_rerank.options import Count
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["AdapterOptions", "Outcome", "report_of", "report_of_failure"]
+__all__ = ["AdapterOptions", "Outcome", "report_failure", "report_ranking"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Outcome(Generic[T]):
     report: dict[str, Any]
 
 
-def report_of(response: RerankResponse) -> dict[str, Any]:
+def report_ranking(response: RerankResponse) -> dict[str, Any]:
     """Return what traces and events tell of a ranking."""
     return {
         "response_id": response.id,
@@ -43,7 +43,7 @@ def report_of(response: RerankResponse) -> dict[str, Any]:
     }
 
 
-def report_of_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
+def report_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
     """Return what they tell of a failure, whether or not the input stands in for a ranking."""
     request_id = getattr(error, "request_id", None)
     return {
@@ -70,44 +70,54 @@ class AdapterOptions(Reranker):
     "return_input" gives the first `top_n` documents in their own order, without a score and with a
     `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
 
-    def _outcome(
+    def _argument(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Return an argument of a call; one left None takes the object's option."""
+        given = arguments.get(name)
+        return getattr(self, name) if given is None else given
+
+    def _rerank(
         self,
         query: str,
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
-        """Rank candidates by their `texts`, or fall back; `scored` gives those that a ranking keeps."""
-        try:
-            response = self._rank(query, texts(candidates))
-        except RegoloError as error:
-            return self._fall_back(error, candidates)
-        return Outcome(scored(candidates, response), report_of(response))
+        """Rank candidates by their `texts`, or fall back.
 
-    async def _aoutcome(
+        `scored` gives those that a ranking keeps, and `arguments` stand in for options in this call.
+        """
+        try:
+            response = self._rank(query, texts(candidates), **arguments)
+        except RegoloError as error:
+            return self._fall_back(error, candidates, arguments)
+        return Outcome(scored(candidates, response), report_ranking(response))
+
+    async def _arerank(
         self,
         query: str,
         candidates: list[T],
         texts: Callable[[list[T]], list[str]],
         scored: Callable[[list[T], RerankResponse], list[T]],
+        **arguments: Any,
     ) -> Outcome[T]:
         try:
-            response = await self._arank(query, texts(candidates))
+            response = await self._arank(query, texts(candidates), **arguments)
         except RegoloError as error:
-            return self._fall_back(error, candidates)
-        return Outcome(scored(candidates, response), report_of(response))
+            return self._fall_back(error, candidates, arguments)
+        return Outcome(scored(candidates, response), report_ranking(response))
 
-    def _fall_back(self, error: RegoloError, candidates: list[T]) -> Outcome[T]:
+    def _fall_back(self, error: RegoloError, candidates: list[T], arguments: Mapping[str, Any]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
         if self.on_error == "raise" or not is_retryable(error):
             raise error
-        kept = candidates[: self.top_n]
-        report = report_of_failure(error, fallback=True)
+        kept = candidates[: self._argument("top_n", arguments)]
+        report = report_failure(error, fallback=True)
         words = (
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
             f"order: {report['error']}"
         )
         # Python shows a warning once; the log has each.
-        _log.warning(words)
+        _log.warning("regolo_rerank: %s", words)
         warnings.warn(words, RerankFallbackWarning, stacklevel=2)
         return Outcome(kept, report)

@@ -1,29 +1,36 @@
 """The runnable form of LangChain's reranker."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final
 
 from langchain_core.documents import Document
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from pydantic import BaseModel, create_model
+from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
+from pydantic import BaseModel, SkipValidation, create_model
 
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 
 __all__ = ["Step"]
 
+_ARGUMENTS: Final = ("top_n", "model", "instruction", "score_threshold", "extra_body")
+"""What a call takes besides query and documents."""
 
-class Step(Runnable[Any, list[Document]]):
-    """A reranker as a step of an LCEL chain."""
 
-    def __init__(
-        self,
-        name: str,
-        rerank: Callable[[Sequence[Document], str, RunnableConfig], list[Document]],
-        arerank: Callable[[Sequence[Document], str, RunnableConfig], Awaitable[list[Document]]],
-    ) -> None:
-        self.name = name
-        self._rerank = rerank
-        self._arerank = arerank
+class Step(RunnableSerializable[Any, list[Document]]):
+    """A reranker as a step of an LCEL chain.
+
+    The fields that are arguments of a call, None for the reranker's own option, are what `configurable_fields` can
+    name; a call checks them.
+    """
+
+    rerank: Callable[..., list[Document]]
+    arerank: Callable[..., Awaitable[list[Document]]]
+    query_key: str
+    documents_key: str
+    top_n: Annotated[int | None, SkipValidation] = None
+    model: Annotated[str | None, SkipValidation] = None
+    instruction: Annotated[str | None, SkipValidation] = None
+    score_threshold: Annotated[float | None, SkipValidation] = None
+    extra_body: Annotated[dict[str, Any] | None, SkipValidation] = None
 
     def __repr__(self) -> str:
         return f"{self.name}().as_runnable()"
@@ -31,7 +38,8 @@ class Step(Runnable[Any, list[Document]]):
     def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
         """Return a model of `{"query": ..., "documents": ...}`."""
         del config
-        return create_model(self.get_name("Input"), query=(str, ...), documents=(list[Document], ...))
+        fields: dict[str, Any] = {self.query_key: (str, ...), self.documents_key: (list[Document], ...)}
+        return create_model(self.get_name("Input"), **fields)
 
     def invoke(
         self,
@@ -39,8 +47,9 @@ class Step(Runnable[Any, list[Document]]):
         config: RunnableConfig | None = None,
         **kwargs: Any,
     ) -> list[Document]:
-        """Rerank `{"query": ..., "documents": ...}` in a run of its own."""
-        return self._rerank(*_read(input, kwargs), ensure_config(config))
+        """Rerank `{"query": ..., "documents": ...}` in a run of its own, with the arguments of one call."""
+        with ends_here:
+            return self.rerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
 
     async def ainvoke(
         self,
@@ -49,14 +58,25 @@ class Step(Runnable[Any, list[Document]]):
         **kwargs: Any,
     ) -> list[Document]:
         """Do the same without blocking the event loop."""
-        return await self._arerank(*_read(input, kwargs), ensure_config(config))
+        with ends_here:
+            return await self.arerank(*self._read(input), ensure_config(config), **self._arguments(kwargs))
 
-
-def _read(candidates: Any, arguments: dict[str, Any]) -> tuple[Sequence[Document], str]:
-    if arguments:
-        raise InvalidInputError(f"{', '.join(arguments)}: the runnable takes no arguments; set options on the reranker")
-    if not isinstance(candidates, dict) or not candidates.keys() >= {"query", "documents"}:
+    def _read(self, candidates: Any) -> tuple[Any, Any]:
+        if isinstance(candidates, dict) and candidates.keys() >= {self.query_key, self.documents_key}:
+            return candidates[self.documents_key], candidates[self.query_key]
+        keys = ", ".join(map(repr, candidates)) if isinstance(candidates, dict) else ""
+        got = f"the keys {keys}" if keys else type(candidates).__name__
         raise InvalidInputError(
-            f"the runnable takes {{'query': ..., 'documents': ...}}, got {type(candidates).__name__}"
+            f"the runnable takes {{{self.query_key!r}: ..., {self.documents_key!r}: ...}}, got {got}; "
+            f"as_runnable(query_key=..., documents_key=...) takes others"
         )
-    return candidates["documents"], candidates["query"]
+
+    def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        if unknown := given.keys() - set(_ARGUMENTS):
+            raise InvalidInputError(
+                f"{', '.join(sorted(unknown))}: no argument of a call, which are {', '.join(_ARGUMENTS)}; "
+                f"set other options on the reranker"
+            )
+        return {name: getattr(self, name) for name in _ARGUMENTS} | {
+            name: value for name, value in given.items() if value is not None
+        }

@@ -15,32 +15,36 @@ _log = logging.getLogger("regolo_rerank")
 def show_inputs(run: Any, query: str, documents: Sequence[Any], model: str, top_n: int | None) -> None:
     """Show what a LangChain run begins with."""
     top_k = len(documents) if top_n is None else top_n
-    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_shown(documents))
+    _show(run, {}, query=query, model_name=model, top_k=top_k, input_documents=_describe(documents))
 
 
 def show_outputs(run: Any, documents: Sequence[Any], scores: list[float] | None, **report: Any) -> None:
     """Show what a LangChain run has come to."""
-    _show(run, _attributes(report), output_documents=_shown(documents, scores))
+    _show(run, _attributes(report), output_documents=_describe(documents, scores))
 
 
 def _show(run: Any, further: dict[str, Any], **attributes: Any) -> None:
-    """Show a run to OpenInference's tracer, where it listens, with the attributes that it has for a reranker."""
+    """Show a run to OpenInference, where it listens, with the attributes that it has for a reranker."""
     if "openinference.instrumentation.langchain" not in sys.modules:
         return
     with _harmless():
+        from langchain_core.tracers import BaseTracer
         from openinference.instrumentation import get_reranker_attributes
-        from openinference.instrumentation.langchain._tracer import OpenInferenceTracer
+        from openinference.instrumentation.langchain import LangChainInstrumentor
 
-        for tracer in run.handlers:
-            if isinstance(tracer, OpenInferenceTracer) and (span := tracer.get_span(run.run_id)) is not None:
-                # Its spans are of the run's type. For others the run stays a chain: LangSmith has no type of this name.
-                tracer.run_map[str(run.run_id)].run_type = "reranker"
-                told = {**further, **get_reranker_attributes(**attributes)}
-                # Of too many attributes OpenTelemetry drops the first: these are to be the last documents.
-                span.set_attributes(dict(reversed(told.items())))
+        instrumentor = LangChainInstrumentor()
+        if not instrumentor.is_instrumented_by_opentelemetry or (span := instrumentor.get_span(run.run_id)) is None:
+            return
+        for handler in run.handlers:
+            # A span's kind is its run's type. For others the run stays a chain: LangSmith has no type of this name.
+            if isinstance(handler, BaseTracer) and hasattr(handler, "get_span"):
+                handler.run_map[str(run.run_id)].run_type = "reranker"
+        told = {**further, **get_reranker_attributes(**attributes)}
+        # Of too many attributes OpenTelemetry drops the first: these are to be the last documents.
+        span.set_attributes(dict(reversed(told.items())))
 
 
-def _shown(documents: Sequence[Any], scores: list[float] | None = None) -> list[dict[str, Any]]:
+def _describe(documents: Sequence[Any], scores: list[float] | None = None) -> list[dict[str, Any]]:
     return [
         {"content": document.page_content, "id": document.id, "metadata": document.metadata or None, "score": score}
         for document, score in zip(documents, scores or repeat(None), strict=False)
@@ -70,4 +74,4 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is
-        _log.warning("a trace is incomplete: %s: %s", type(error).__name__, error)
+        _log.warning("regolo_rerank: a trace is incomplete: %s: %s", type(error).__name__, error)

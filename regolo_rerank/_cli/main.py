@@ -1,30 +1,31 @@
-"""The command line: `regolo-rerank rank` for texts, `bulk` for many queries, `demo` to see what reranking changes.
+"""The command line: `rank` for texts, `bulk` for many queries, `evaluate`, `check` and `demo` to see what is what.
 
 Frameworks and the client are imported by the command that needs them, so that `--help` comes at once.
 """
 
 import argparse
-import codecs
-import io
-import json
+import errno
+import gzip
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, Final
 
 from regolo_rerank import __version__
-from regolo_rerank._display.tables import encodable, harmless, lines
+from regolo_rerank._cli.common import (
+    Parser,
+    add_server,
+    find_encoding,
+    open_client,
+    sees_a_bar,
+    standard_input,
+    tell,
+)
+from regolo_rerank._display.tables import encodable
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
-
-if TYPE_CHECKING:
-    from regolo_rerank import RegoloClient
-    from regolo_rerank.results import RerankResponse
 
 __all__ = ["main"]
 
@@ -39,9 +40,34 @@ and one of OUT its ranking, the best document first:
 
   {"id": "q1", "results": [{"index": 1, "relevance_score": 0.97, "id": "d2"}]}
 
-A query that fails is a line of OUT.errors, with its error; that file can be run
-as IN again. A run that was stopped, by whatever it was, goes on where it was
-when it is run again; with another IN it is refused.
+Without an id, the number of the line serves. A query that fails is a line of
+OUT.errors, with its error; that file can be run as IN again.
+
+A run that was stopped, by whatever it was, goes on where it was when the same
+command is run again. OUT.state beside OUT says what is finished and by which
+options: with another IN or other options the run is refused. To start anew,
+remove OUT.
+"""
+
+_EVALUATE: Final = """\
+Measure what reranking brings on queries whose relevant documents are known. A
+line of FILE is a query, its candidates in the retriever's order, and what of
+them is relevant: indices, or ids where documents have them, with grades or not:
+
+  {"query": "...", "documents": ["...", "..."], "relevant": [1]}
+  {"query": "...", "documents": [{"id": "d2", "text": "..."}], "relevant": ["d2"]}
+  {"query": "...", "documents": [{"id": "d2", "text": "..."}], "relevant": {"d2": 3}}
+
+Out come nDCG@10, MRR and recall before and after with 95 % intervals and a
+verdict, how far top_n can go down, the best threshold, what it took, and the
+queries that gained and lost the most. Several prompt formats, instructions and
+models are set side by side.
+"""
+
+_CHECK: Final = """\
+See whether key, address, model and prompt format work, by about twenty small
+requests, and which line of code to use. What it prints holds nothing of the
+key, so that it can go into a bug report.
 """
 
 _EPILOG: Final = """\
@@ -50,13 +76,15 @@ examples:
   grep -h price *.md | regolo-rerank rank "what does it cost?" --threshold 0.5
   regolo-rerank rank --local "capital of China" cities.txt
   regolo-rerank bulk queries.jsonl rankings.jsonl --top-n 10
+  regolo-rerank evaluate judged.jsonl --cache scores.db --picture gain.png
+  regolo-rerank check --base-url http://localhost:8000/v1
   regolo-rerank demo
 
 The API key is read from the environment variable REGOLO_API_KEY, and never from
 an argument, which others could see in the list of processes.
 
-exit status: 0 done, 1 the service said no or failed (bulk: for a query at
-least), 2 wrong use, 130 interrupted
+exit status: 0 done, 1 the service said no or failed (bulk and evaluate: for a
+query at least), 2 wrong use, 130 interrupted
 """
 
 
@@ -77,16 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             print(end="", flush=True)
     except MissingAPIKeyError:
-        return _failed("no API key: set the environment variable REGOLO_API_KEY, or try without one by --local", 2)
+        return _fail("no API key: set the environment variable REGOLO_API_KEY, or try without one by --local", 2)
     except InvalidInputError as error:
-        return _failed(str(error), 2)
+        return _fail(str(error), 2)
     except RegoloError as error:
-        return _failed(str(error), 1)
+        return _fail(str(error), 1)
     except OSError as error:
         # What is still buffered would fail again when Python ends.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 0 if isinstance(error, BrokenPipeError) else _failed(str(error), 1)
+        # On Windows a closed pipe is EINVAL.
+        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
 
@@ -106,32 +135,14 @@ def _run(argv: list[str]) -> int:
     return status
 
 
-def _failed(problem: str, status: int) -> int:
-    print(f"regolo-rerank: {harmless(problem, _encoding())}", file=sys.stderr)
+def _fail(problem: str, status: int) -> int:
+    tell(problem)
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    """Refuses wrong arguments in one line, like all other errors, and a key wherever it stands."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self.add_argument("--api-key", action=_RefuseKey, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-    def error(self, message: str) -> NoReturn:
-        raise InvalidInputError(f"{message} (see {self.prog} --help)")
-
-
-class _RefuseKey(argparse.Action):
-    """Tells whoever passes a key where it belongs, and does not repeat it."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.error("the key is read from the environment variable REGOLO_API_KEY only")
-
-
-def _parsers() -> tuple[_Parser, _Parser]:
+def _parsers() -> tuple[Parser, Parser]:
     """Return the parser of all commands, and the one of `rank` in it."""
-    parser = _Parser(
+    parser = Parser(
         prog="regolo-rerank",
         description="Rank texts by their relevance to a query, with Regolo.ai's Rerank API.",
         epilog=_EPILOG,
@@ -166,145 +177,134 @@ def _parsers() -> tuple[_Parser, _Parser]:
         argument_default=argparse.SUPPRESS,
     )
     bulk.set_defaults(run=_bulk)
-    bulk.add_argument("source", metavar="IN", help="queries, one JSON object a line; - is standard input")
+    bulk.add_argument(
+        "source", metavar="IN", help="queries, one JSON object a line; - is standard input; .gz is read too"
+    )
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
     bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    bulk.add_argument(
+        "--allow-changed-options",
+        action="store_true",
+        help="go on with an OUT that was made with other options, and mix them",
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure what reranking brings on your own queries",
+        description=_EVALUATE,
+        argument_default=argparse.SUPPRESS,
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("file", metavar="FILE", help="queries, one JSON object a line; - is standard input")
+    evaluate.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
+    evaluate.add_argument("--picture", metavar="PNG", default=None, help="draw it into a file")
+    evaluate.add_argument("--cache", metavar="DB", default=None, help="keep scores there, and go on after a stop")
+    evaluate.add_argument("--model", action="append", metavar="NAME", help="the reranking model; may be given twice")
+    evaluate.add_argument("--instruction", action="append", metavar="TEXT", help="the task; may be given twice")
+    evaluate.add_argument("--prompt-format", action="append", metavar="NAME,...", help="such as tagged,chat")
+    evaluate.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    evaluate.add_argument("--max-document-chars", type=int, metavar="N", help="longer documents are cut")
+    add_server(evaluate)
+
+    check = commands.add_parser(
+        "check",
+        help="see whether key, address, model and prompt format work",
+        description=_CHECK,
+        argument_default=argparse.SUPPRESS,
+    )
+    check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true", default=False, dest="as_json", help="print one JSON object")
+    _add_ranker(check)
 
     demo = commands.add_parser(
         "demo",
         help="see what reranking changes, on the documentation of Python's standard library",
-        description="Rerank what a keyword search finds in Python's documentation,\nby LangChain and by LlamaIndex.",
+        description="Rerank what a keyword search finds in Python's documentation,\n"
+        "by LangChain and by LlamaIndex, and measure it on 100 questions.",
+        argument_default=argparse.SUPPRESS,
     )
     demo.set_defaults(run=_demo)
+    add_server(demo)
     return parser, rank
 
 
-def _add_options(parser: _Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """Add the options of the client."""
     parser.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
     parser.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    _add_ranker(parser)
+
+
+def _add_ranker(parser: Parser) -> None:
+    """Add the options that say who ranks, and to which task."""
     parser.add_argument("--model", metavar="NAME", help="the reranking model")
     parser.add_argument("--instruction", metavar="TEXT", help="the task in a sentence, for models that take one")
-    server = parser.add_mutually_exclusive_group()
-    server.add_argument("--base-url", metavar="URL", help="the server; else the environment's REGOLO_BASE_URL")
-    server.add_argument(
-        "--local",
-        action="store_const",
-        const="local://",
-        dest="base_url",
-        help="score by shared words on this machine, without key, network or model",
-    )
+    add_server(parser)
 
 
-def _client(options: dict[str, Any]) -> "RegoloClient":
-    from pydantic import ValidationError
+def _rank(query: str, files: list[str], **arguments: Any) -> int:
+    from regolo_rerank._cli.rank import rank
 
-    from regolo_rerank import RegoloClient
-
-    try:
-        return RegoloClient(**options)
-    except ValidationError as error:
-        raise InvalidInputError("; ".join(f"{line['loc'][0]}: {line['msg']}" for line in error.errors())) from None
+    return rank(query, files, **arguments)
 
 
-def _rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int:
-    documents = [document for file in files for document in _documents(file)]
-    with _client(options) as client:
-        response = client.rerank(query, documents)
-    if as_json:
-        print(_json(response))
-    elif response.results:
-        print(*lines(response.results, shutil.get_terminal_size().columns, encoding=_encoding()), sep="\n")
-    else:
-        print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
-    return 0
-
-
-def _bulk(source: str, out: str, **options: Any) -> int:
-    from regolo_rerank._cli.bulk import resumed
+def _bulk(source: str, out: str, *, allow_changed_options: bool = False, **options: Any) -> int:
+    from regolo_rerank._cli.bulk import resume, tell_each_minute
     from regolo_rerank._display.progress import progress
 
     if out == "-":
         raise InvalidInputError("OUT must be a file, so that a run that was stopped can go on")
-    seen = sys.stderr is not None and sys.stderr.isatty()
-    shown = seen and find_spec("tqdm") is not None
-    with _client(options) as client, _queries(source) as lines, resumed(client, lines, source, Path(out)) as run:
-        if seen and not shown:
-            print('regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"', file=sys.stderr)
+    with (
+        open_client(options) as client,
+        _queries(source) as lines,
+        resume(client, lines, source, Path(out), allow_changed_options=allow_changed_options) as run,
+    ):
+        shown = sees_a_bar()
         try:
             with progress(run.size, unit="B", initial=run.at, shown=shown) as advance:
-                run.rank(client, advance)
+                run.rank(client, advance if shown else tell_each_minute(run, tell))
+        except KeyboardInterrupt:
+            tell("interrupted; run the same command again, it goes on where it was")
+            raise
         finally:
-            print(f"regolo-rerank: {harmless(str(run), _encoding())}", file=sys.stderr)
-    return 1 if run.failed else 0
+            for line in run.summarize():
+                tell(line)
+    return 0 if run.is_complete else 1
 
 
-def _queries(file: str) -> "BinaryIO | nullcontext[BinaryIO]":
+def _queries(file: str) -> "BinaryIO | gzip.GzipFile | nullcontext[BinaryIO]":
     if file == "-":
-        return nullcontext(_standard_input("queries, one a line"))
+        return nullcontext(standard_input("queries, one a line"))
+    if file.lower().endswith(".zst"):
+        raise InvalidInputError(f"{file}: cannot be read; unpack it: zstd -dc FILE | regolo-rerank bulk - OUT")
     try:
-        return Path(file).open("rb")
+        return gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb")
     except OSError as error:
         raise InvalidInputError(f"{file}: {error.strerror}") from None
 
 
-def _demo() -> int:
+def _evaluate(file: str, **arguments: Any) -> int:
+    from regolo_rerank._cli.evaluate import run_evaluation
+
+    several = "model", "instruction", "prompt_format"
+    variants: dict[str, list[str]] = {name: arguments.pop(name) for name in several if name in arguments}
+    if "prompt_format" in variants:
+        variants["prompt_format"] = [name.strip() for names in variants["prompt_format"] for name in names.split(",")]
+    return run_evaluation(file, variants=variants, **arguments)
+
+
+def _check(**arguments: Any) -> int:
+    from regolo_rerank._cli.check import run_check
+
+    return run_check(**arguments)
+
+
+def _demo(base_url: str | None = None) -> int:
     try:
         from regolo_rerank._cli.demo import report
-    except ModuleNotFoundError:
-        raise InvalidInputError('the demo needs both frameworks: pip install "regolo_rerank[demo]"') from None
-    for line in report():
-        print(encodable(line, _encoding()))
+    except ImportError:
+        raise InvalidInputError('the demo needs more packages: pip install "regolo_rerank[demo]"') from None
+    for line in report(base_url):
+        print(encodable(line, find_encoding()))
     return 0
-
-
-def _documents(file: str) -> Iterator[str]:
-    """Read the documents of a file, or of standard input where it is called "-"."""
-    for number, line in enumerate(io.StringIO(_text(file), newline=None), 1):
-        if line.strip():
-            yield _field(line, f"{file}, line {number}") if file.lower().endswith(".jsonl") else line.rstrip("\n")
-
-
-def _text(file: str) -> str:
-    name = "standard input" if file == "-" else file
-    try:
-        content = _standard_input("documents, one a line").read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidInputError(f"{name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{name}: not UTF-8 at byte {error.start}") from None
-
-
-def _standard_input(awaited: str) -> BinaryIO:
-    if sys.stdin is None:
-        raise InvalidInputError("standard input: closed")
-    if sys.stdin.isatty():
-        print(f"reading {awaited}, until the end of input", file=sys.stderr)
-    return sys.stdin.buffer
-
-
-def _field(line: str, place: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, RecursionError):
-        raise InvalidInputError(f"{place}: not JSON") from None
-    except (LookupError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise InvalidInputError(f'{place}: not an object with a string in its field "text"')
-    return text
-
-
-def _json(response: "RerankResponse") -> str:
-    fields = asdict(response)
-    del fields["meta"]
-    text = json.dumps(fields, ensure_ascii=False)
-    # ASCII is UTF-8 too: the way out for another encoding, and for half a surrogate pair.
-    return text if _encoding() == "utf-8" and encodable(text, "utf-8") == text else json.dumps(fields)
-
-
-def _encoding() -> str:
-    # A replaced or closed standard output may have no encoding.
-    return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name

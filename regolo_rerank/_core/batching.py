@@ -5,17 +5,20 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from regolo_rerank._wire.messages import Reply, encode, repair
+from regolo_rerank._wire.source import CACHE, Source, agree_on_model
 from regolo_rerank.errors import APIResponseError, InvalidInputError
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PromptFormat
 from regolo_rerank.results import RerankResponse, RerankResult, Usage
 
 __all__ = ["Plan"]
+
+Number = TypeVar("Number", int, float)
 
 _BYTES_A_CHARACTER = 6
 """Of JSON at most: a control character is written as `\\u0000`."""
@@ -27,18 +30,12 @@ class _Receipt(NamedTuple):
     id: Any
     meta: Any
     tokens: int | None
-    request_id: str | None
+    source: Source
     sent: int
 
 
 class Plan:
-    """Which requests to send, and the ranking that their replies add up to.
-
-    Args:
-        query: The checked query.
-        documents: The checked documents.
-        options: The call's options.
-        prompt_format: How texts are put into words for the model.
+    """Which requests to send for checked input, and the ranking that their replies add up to.
 
     Attributes:
         query: The query string of all requests.
@@ -49,13 +46,22 @@ class Plan:
         InvalidInputError: The query alone fills a request.
     """
 
-    def __init__(self, query: str, documents: Sequence[str], options: Options, prompt_format: PromptFormat) -> None:
+    def __init__(
+        self,
+        query: str,
+        documents: Sequence[str],
+        options: Options,
+        prompt_format: PromptFormat,
+        fields: dict[str, Any],
+    ) -> None:
         self._documents = documents
         self._options = options
         self._format = prompt_format
+        self._fields = fields
         self.query = prompt_format.format_query(query, options.instruction)
         self._slots, self.texts = _find_distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
+        self._known: list[Source] = []
         self._receipts: dict[range, _Receipt] = {}
         self.batches: list[range] = []
         # In a request: what is left for the documents.
@@ -74,6 +80,7 @@ class Plan:
             numbers = dict(zip(texts, range(len(texts)), strict=True))
             self._slots = [None if slot is None else numbers[self.texts[slot]] for slot in self._slots]
             self._scores = {numbers[text]: score for text, score in known.items()}
+            self._known = [CACHE]
             self.texts = texts
         self.batches = self._split(len(self.texts) - len(known))
 
@@ -86,11 +93,11 @@ class Plan:
 
     def _encode_body(self, documents: list[str]) -> bytes:
         body: dict[str, Any] = {"model": self._options.model, "query": self.query, "documents": documents}
-        if documents and (asked := self._asked(len(documents))) is not None:
+        if documents and (asked := self._ask_for(len(documents))) is not None:
             body["top_n"] = asked
-        return encode((self._options.extra_body or {}) | body)
+        return encode(self._fields | body)
 
-    def _asked(self, count: int) -> int | None:
+    def _ask_for(self, count: int) -> int | None:
         """Return the top_n of a request with that many documents; for a cache, every score is learnt."""
         top_n = self._options.top_n
         return None if top_n is None or self._options.cache is not None else min(top_n, count)
@@ -115,36 +122,29 @@ class Plan:
         fits = all(len(batch) <= most and ends[batch.stop] - ends[batch.start] <= budget for batch in even)
         return even if fits else packed
 
-    def accept(self, batch: range, reply: Reply, request_id: str | None, sent: int) -> None:
+    def accept(self, batch: range, reply: Reply, source: Source, sent: int) -> None:
         """Check a batch's reply against what was asked, and keep its scores.
 
-        Args:
-            batch: The batch.
-            reply: Its reply.
-            request_id: The server's name for the request.
-            sent: How often the request was sent.
-
         Raises:
-            APIResponseError: It leaves a document out, names one twice, names one that was not sent, or belongs to
-                another request.
+            APIResponseError: It leaves a document out, names one twice, or names or echoes one that was not sent.
         """
-        asked = self._asked(len(batch)) or len(batch)
+        asked = self._ask_for(len(batch)) or len(batch)
         scores: dict[int, float] = {}
         for result in reply.results:
             if not 0 <= result.index < len(batch):
-                raise _untrusted(f"it names document {result.index} of {len(batch)}", request_id)
+                raise _distrust(f"it names document {result.index} of {len(batch)}", source)
             if batch[result.index] in scores:
-                raise _untrusted(f"it names document {result.index} twice", request_id)
+                raise _distrust(f"it names document {result.index} twice", source)
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
-            raise _untrusted(f"it ranks {len(scores)} documents where {asked} were asked for", request_id)
+            raise _distrust(f"it ranks {len(scores)} documents where {asked} were asked for", source)
         echoes = [(batch[result.index], echo) for result in reply.results if (echo := result.echo) is not None]
         expected = self._format.format_documents([self.texts[slot] for slot, _ in echoes])
         for (_, echo), text in zip(echoes, expected, strict=True):
             if echo != text and not _may_mean(echo, repair(text)):
-                raise _untrusted("it echoes other documents than were sent", request_id)
+                raise _distrust("it echoes other documents than were sent", source)
         self._scores.update(scores)
-        self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, request_id, sent)
+        self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, source, sent)
 
     @property
     def is_complete(self) -> bool:
@@ -153,12 +153,12 @@ class Plan:
 
     @property
     def new_scores(self) -> dict[str, float]:
-        """The scores of all replies so far, by text."""
+        """The scores of all replies so far, by text, but for those of a substitute."""
         return {
             self.texts[slot]: self._scores[slot]
-            for batch in list(self._receipts)
+            for batch, receipt in list(self._receipts.items())
             for slot in batch
-            if slot in self._scores
+            if slot in self._scores and not receipt.source.is_substitute
         }
 
     def find_longest(self, batch: range) -> tuple[int, int]:
@@ -167,17 +167,26 @@ class Plan:
         return self._slots.index(slot), len(self.texts[slot])
 
     def merge(self) -> RerankResponse:
-        """Return the ranking, once the replies to all batches were accepted."""
+        """Return the ranking, once the replies to all batches were accepted.
+
+        Raises:
+            APIResponseError: Its scores come from several models.
+        """
         receipts = [self._receipts[batch] for batch in self.batches]
         if not receipts:
             return RerankResponse(results=self._rank())
-        tokens = [receipt.tokens for receipt in receipts if receipt.tokens is not None]
+        sources = [receipt.source for receipt in receipts]
         return RerankResponse(
             id=None if receipts[0].id is None else str(receipts[0].id),
             results=self._rank(),
             meta=receipts[0].meta,
-            usage=Usage(sum(tokens) if tokens else None, sum(receipt.sent for receipt in receipts)),
-            request_ids=[receipt.request_id for receipt in receipts if receipt.request_id is not None],
+            usage=Usage(
+                _sum(receipt.tokens for receipt in receipts),
+                sum(receipt.sent for receipt in receipts),
+                _sum(source.cost for source in sources),
+            ),
+            request_ids=[source.request_id for source in sources if source.request_id is not None],
+            model=agree_on_model(self._options.model, [*self._known, *sources]),
         )
 
     def _rank(self) -> list[RerankResult]:
@@ -221,8 +230,14 @@ def _begins_in(part: str, whole: str) -> bool:
     return bool(begin) and begin in text
 
 
-def _untrusted(problem: str, request_id: str | None) -> APIResponseError:
-    return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=request_id)
+def _sum(figures: Iterable[Number | None]) -> Number | None:
+    """Return the sum of what is known; None where nothing is."""
+    known = [figure for figure in figures if figure is not None]
+    return sum(known[1:], known[0]) if known else None
+
+
+def _distrust(problem: str, source: Source) -> APIResponseError:
+    return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=source.request_id)
 
 
 def _split_evenly(count: int, parts: int) -> list[range]:

@@ -94,7 +94,7 @@ class ScoreCache:
         except Exception as error:  # noqa: BLE001 - it is the caller's mapping, and may raise anything
             self._works = False
             words = f"the cache cannot be {what}, so this call goes on without it: {type(error).__name__}: {error}"
-            _log.warning(words)
+            _log.warning("regolo_rerank: %s", words)
             warnings.warn(words, RerankCacheWarning, stacklevel=2)
 
 

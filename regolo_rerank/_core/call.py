@@ -12,8 +12,10 @@ from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._core.inputs import check_documents, check_query
-from regolo_rerank._wire.messages import read_error, read_reply, request_id_of
-from regolo_rerank.errors import BadRequestError, NotFoundError, RegoloError
+from regolo_rerank._wire.names import request_id_of
+from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
+from regolo_rerank._wire.source import read_source, refuse_substitute
+from regolo_rerank.errors import BadRequestError, RegoloError
 from regolo_rerank.results import RerankResponse
 
 __all__ = ["Call", "Event"]
@@ -26,13 +28,9 @@ _log = logging.getLogger("regolo_rerank")
 class Call(Generic[Event]):
     """One query and its documents. It belongs to the caller's thread or task; workers only `accept` and `fail`.
 
-    Args:
-        config: What its requests have in common.
-        query: The query, unchecked.
-        documents: The documents, unchecked.
-        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
-
     Attributes:
+        config: What its requests have in common.
+        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
         plan: Its batches, and what was learnt of them.
 
     Raises:
@@ -43,7 +41,9 @@ class Call(Generic[Event]):
     def __init__(self, config: RequestConfig, query: str, documents: Iterable[str], done: Event) -> None:
         self.config = config
         self.done: Event = done
-        self.plan = Plan(check_query(query), check_documents(documents, str), config.options, config.prompt_format)
+        self.plan = Plan(
+            check_query(query), check_documents(documents, str), config.options, config.prompt_format, config.fields
+        )
         self._cache = _open_cache(config, self.plan.query)
         self._failure: BaseException | None = None
         self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
@@ -63,15 +63,15 @@ class Call(Generic[Event]):
         request_id = request_id_of(response.headers, key)
         _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
         if not response.is_success:
-            error = read_error(response.status_code, body, response.headers, key)
-            if isinstance(error, NotFoundError):
-                error.args = (f"{error}; nothing to rerank with at {url}: see base_url",)
+            error = read_error(response.status_code, body, response.headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
-                index, length = self.plan.find_longest(batch)
-                hint = f"the longest document sent is documents[{index}] with {length} characters"
-                error.args = (f"{error}; {hint}; the option max_document_chars cuts documents for scoring only",)
+                error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
-        self.plan.accept(batch, read_reply(body, response.headers, key), request_id, sent)
+        reply = read_reply(body, response.headers, key, url)
+        source = read_source(response.headers, reply, key)
+        if not self.config.options.allow_substitutes:
+            refuse_substitute(self.config.options.model, source)
+        self.plan.accept(batch, reply, source, sent)
         if self.plan.is_complete:
             self.done.set()
 
@@ -86,7 +86,8 @@ class Call(Generic[Event]):
 
     def close(self) -> None:
         """End the call, ranked or not, in the caller's thread; what it has learnt is kept in the cache."""
-        self.done.set()
+        if not self.done.is_set():  # an interrupt in the first `set` may have left its lock locked
+            self.done.set()
         if self._cache is not None:
             self._cache.write(self.plan.new_scores)
             self._cache = None
@@ -111,7 +112,7 @@ def _open_cache(config: RequestConfig, query: str) -> ScoreCache | None:
         options.cache,
         str(config.endpoint.url),
         options.model,
-        sorted((options.extra_body or {}).items()),
+        sorted((name, value) for name, value in config.fields.items() if name != "disable_fallbacks"),
         name_scorer(options.scorer),
         config.prompt_format.document,
         config.prompt_format.escape,

@@ -31,14 +31,9 @@ class _BearerAuth(httpx.Auth):
 class RequestConfig:
     """The options of a call as they are now, and where and how its requests are sent.
 
-    Args:
-        options: The call's own options.
-        user_agent: What requests call themselves.
-        hold: The wait after a 429.
-        callers_client: The http client that the caller has passed.
-
     Attributes:
         key: The key that requests carry, once `require_key` has found it.
+        fields: What requests say besides model, query, documents and top_n.
         timeout: Seconds for one attempt; None leaves that to the caller's client, or to a scorer on this machine.
         send_options: Arguments of the client's `send`.
 
@@ -58,6 +53,7 @@ class RequestConfig:
         self.callers_client = callers_client
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)
+        self.fields = options.fields_for(self.endpoint)
         self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
+from regolo_rerank._wire.checks import advise
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = ["check_documents", "check_query"]
@@ -43,5 +44,6 @@ def check_documents(documents: Iterable[T], *kinds: type, name: str = "documents
     if not set(map(type, listed)) <= set(kinds):
         for index, document in enumerate(listed):
             if not isinstance(document, kinds):
-                raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {type(document).__name__}")
+                given = type(document).__name__
+                raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {given}{advise(given, kinds)}")
     return listed

@@ -35,11 +35,8 @@ class WorkQueue(Generic[Event]):
     another worker, and the queue has room for one worker fewer; a minute later, for one more. A refusal after an answer
     may only mean that the service still counts the request before: then workers pause before they send, for a minute.
 
-    Args:
-        max_workers: Workers at most, each with one request in flight.
-
     Attributes:
-        max_workers: The same.
+        max_workers: Workers at most, each with one request in flight.
         read_ahead: Calls under way at most: enough that a slow one keeps no worker idle.
     """
 
@@ -91,15 +88,7 @@ class WorkQueue(Generic[Event]):
         self._answered = True
 
     def put_back(self, job: Job[Event], sent_at: float) -> bool:
-        """Take back a batch that was refused because too many requests are in flight.
-
-        Args:
-            job: The batch.
-            sent_at: When it was sent, by the monotonic clock.
-
-        Returns:
-            Whether it was taken; False to the only worker left, which has to wait.
-        """
+        """Take back a batch that was refused, when sent at a time, for too many in flight; False to the only worker."""
         with self._lock:
             if not self.pause() and self._answered:
                 self._pausing_since = time.monotonic()

@@ -44,12 +44,8 @@ Flow = Generator[httpx.Request | Sleep, Any, None]
 def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
     """Send a batch until its reply is accepted, its call is done, or the queue has taken it back.
 
-    Args:
-        job: The batch.
-        queue: Where it comes from.
-
     Raises:
-        RegoloError: The batch cannot be ranked; the last failure.
+        RegoloError: The last failure of a batch that cannot be ranked.
     """
     call, hold, retry = job.call, job.call.config.hold, job.retry
     retry.start()
@@ -77,7 +73,7 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
         if call.done.is_set():
             return  # it has failed already, and one error is enough
         if is_over_parallel_limit(failure) and queue.put_back(job, sent_at):
-            _log.warning("attempt %d failed, next when there is room: %s", retry.sent, failure)
+            _log.warning("regolo_rerank: attempt %d failed, next when there is room: %s", retry.sent, failure)
             return
         yield Sleep(_schedule_retry(job, failure))
 
@@ -90,5 +86,6 @@ def _schedule_retry(job: Job[Event], failure: RegoloError) -> float:
         raise failure
     if isinstance(failure, RateLimitError) and not is_over_parallel_limit(failure):
         hold.extend(delay, failure)
-    _log.warning("attempt %d failed, next in %.2f s: %s: %s", job.retry.sent, delay, type(failure).__name__, failure)
+    words = "regolo_rerank: attempt %d failed, next in %.2f s: %s: %s"
+    _log.warning(words, job.retry.sent, delay, type(failure).__name__, failure)
     return delay

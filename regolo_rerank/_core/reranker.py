@@ -16,7 +16,7 @@ from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.clients import Clients
 from regolo_rerank._transports.spread import Done
 from regolo_rerank._version import __version__
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.options import Options
 from regolo_rerank.results import RerankResponse
 
@@ -63,25 +63,27 @@ class Reranker(Options):
         return self._clients.loop_client(config.endpoint) if client is None else nullcontext(client)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(arguments, self.http_client)
-        call = Call(config, query, documents, Done())
-        try:
-            if not call.done.is_set():
-                threads.finish(call, self._client_for(config))
-        finally:
-            call.close()
-        return call.result()
+        with ends_here:
+            config = self._configure(arguments, self.http_client)
+            call = Call(config, query, documents, Done())
+            try:
+                if not call.done.is_set():
+                    threads.finish(call, self._client_for(config))
+            finally:
+                call.close()
+            return call.result()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(arguments, self.async_http_client)
-        call = Call(config, query, documents, asyncio.Event())
-        try:
-            if not call.done.is_set():
-                async with self._async_client_for(config) as client:
-                    await tasks.finish(call, client)
-        finally:
-            call.close()
-        return call.result()
+        with ends_here:
+            config = self._configure(arguments, self.async_http_client)
+            call = Call(config, query, documents, asyncio.Event())
+            try:
+                if not call.done.is_set():
+                    async with self._async_client_for(config) as client:
+                        await tasks.finish(call, client)
+            finally:
+                call.close()
+            return call.result()
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""

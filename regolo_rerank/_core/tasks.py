@@ -11,7 +11,7 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._wire.body import ReplyBody
+from regolo_rerank._wire.body import READ, ReplyBody
 
 __all__ = ["FinishInOrder", "finish"]
 
@@ -32,11 +32,6 @@ class FinishInOrder:
 
     One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
     would close it beside the one that goes through it.
-
-    Args:
-        calls: The calls.
-        max_workers: Requests in flight at most, over all calls.
-        client: Sends them.
     """
 
     def __init__(
@@ -163,4 +158,5 @@ class _Tasks:
                         body.add(chunk)
             finally:
                 await response.aclose()
+            response.stream = READ
         return Reply(response, body.content)

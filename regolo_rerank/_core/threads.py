@@ -12,7 +12,7 @@ from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
 from regolo_rerank._transports.spread import DONE_EXTENSION
-from regolo_rerank._wire.body import ReplyBody
+from regolo_rerank._wire.body import READ, ReplyBody
 
 __all__ = ["finish", "finish_in_order"]
 
@@ -27,13 +27,7 @@ def finish(call: Call[threading.Event], client: httpx.Client) -> None:
 def finish_in_order(
     calls: Iterator[Call[threading.Event] | Exception], max_workers: int, client: httpx.Client
 ) -> Generator[Call[threading.Event] | Exception]:
-    """Give calls in their order, each when it is done; what could not become a call is passed through.
-
-    Args:
-        calls: The calls, read in the caller's thread.
-        max_workers: Requests in flight at most, over all calls.
-        client: Sends them.
-    """
+    """Give calls in their order, each when it is done; what could not become a call is passed through."""
     queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
     threads = _Threads(queue, client)
     pending: deque[Call[threading.Event] | Exception] = deque()
@@ -136,4 +130,5 @@ class _Threads:
                     body.add(chunk)
         finally:
             response.close()
+            response.stream = READ
         return Reply(response, body.content)

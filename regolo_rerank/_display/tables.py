@@ -12,7 +12,7 @@ from html import escape
 from itertools import accumulate
 from typing import Final, Protocol
 
-__all__ = ["ELLIPSIS", "aligned", "clipped", "encodable", "harmless", "html", "lines", "shown_score", "text"]
+__all__ = ["ELLIPSIS", "align", "clip", "encodable", "harmless", "html", "lines", "shown_score", "text"]
 
 ELLIPSIS: Final = "…"
 
@@ -83,7 +83,7 @@ def html(results: Sequence[Result], *, ranked: bool = True) -> str:
 
 def _row(numbers: list[int], result: Result, share: float) -> str:
     name, *others = numbers
-    document = escape(clipped(harmless(result.document), _HTML_COLUMNS))
+    document = escape(clip(harmless(result.document), _HTML_COLUMNS))
     cells = "".join(f"<td>{cell}</td>" for cell in (*others, shown_score(result.relevance_score)))
     return f'{_ROW}<th scope="row">{name}</th>{cells}{_BAR.format(100 * share)}{_DOCUMENT.format(document)}</tr>'
 
@@ -107,14 +107,14 @@ def lines(
     """
     unicode = encodable(_BLOCKS + ELLIPSIS, encoding) == _BLOCKS + ELLIPSIS
     blocks, ellipsis = (_BLOCKS, ELLIPSIS) if unicode else (" #", "...")
-    columns = [aligned([shown_score(result.relevance_score) for result in results])]
+    columns = [align([shown_score(result.relevance_score) for result in results])]
     if indexed:
-        columns.insert(0, aligned([f"[{result.index}]" for result in results]))
+        columns.insert(0, align([f"[{result.index}]" for result in results]))
     if ranked:
-        columns.insert(0, aligned([str(rank) for rank, _ in enumerate(results, 1)]))
+        columns.insert(0, align([str(rank) for rank, _ in enumerate(results, 1)]))
     for *cells, share, result in zip(*columns, _shares(results), results, strict=True):
         bar = _bar(share, min(20, width // 8), blocks)
-        yield clipped("  ".join([*cells, bar, harmless(result.document, encoding)]), width, ellipsis)
+        yield clip("  ".join([*cells, bar, harmless(result.document, encoding)]), width, ellipsis)
 
 
 def shown_score(score: float) -> str:
@@ -133,7 +133,7 @@ def encodable(text: str, encoding: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def clipped(line: str, width: int, ellipsis: str = ELLIPSIS) -> str:
+def clip(line: str, width: int, ellipsis: str = ELLIPSIS) -> str:
     """Cut a line to a number of columns, with an ellipsis where something is lost."""
     ends = [0, *accumulate(map(_columns, line))]
     if ends[-1] <= width:
@@ -141,7 +141,7 @@ def clipped(line: str, width: int, ellipsis: str = ELLIPSIS) -> str:
     return line[: bisect_right(ends, width - len(ellipsis)) - 1] + ellipsis
 
 
-def aligned(cells: list[str], fill: str = " ") -> list[str]:
+def align(cells: list[str], fill: str = " ") -> list[str]:
     """Fill short cells of a column from the left."""
     width = max(map(len, cells), default=0)
     return [cell.rjust(width, fill) for cell in cells]

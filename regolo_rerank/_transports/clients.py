@@ -21,7 +21,7 @@ from regolo_rerank._transports.spread import AsyncSpreadTransport, SpreadTranspo
 from regolo_rerank._wire.endpoint import Endpoint, check_host
 from regolo_rerank.errors import APIConnectionError
 
-__all__ = ["Clients"]
+__all__ = ["Clients", "proxy_for"]
 
 T = TypeVar("T")
 
@@ -39,21 +39,13 @@ class Clients:
         return type(self)()
 
     def client(self, endpoint: Endpoint) -> httpx.Client:
-        """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more.
-
-        Raises:
-            APIConnectionError: The environment's proxies or certificates cannot be used.
-        """
+        """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more."""
         key = os.getpid(), endpoint
         # Of two threads that open one at the same time, both get the first.
         return self._clients.get(key) or self._clients.setdefault(key, _open_client(endpoint))
 
     def loop_client(self, endpoint: Endpoint) -> "LoopClient":
-        """Return the running event loop's client for async calls to an endpoint.
-
-        Raises:
-            APIConnectionError: The environment's proxies or certificates cannot be used.
-        """
+        """Return the running event loop's client for async calls to an endpoint."""
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             for other in list(self._loops):
@@ -156,7 +148,7 @@ def _close(transport: httpx.BaseTransport, pid: int) -> None:
 
 def _open(kind: Callable[..., T], endpoint: Endpoint) -> T:
     try:
-        proxy = None if endpoint.loopback else _proxy_for(endpoint.url)
+        proxy = proxy_for(endpoint)
         secure = endpoint.url.scheme == "https" or proxy is not None
         # Plain http without a proxy meets no certificate.
         verify = _ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -166,11 +158,11 @@ def _open(kind: Callable[..., T], endpoint: Endpoint) -> T:
     raise APIConnectionError(problem)
 
 
-def _proxy_for(url: httpx.URL) -> str | None:
-    """Return the environment's proxy for a URL: httpx leaves that to whoever brings a transport."""
+def proxy_for(endpoint: Endpoint) -> str | None:
+    """Return the environment's proxy for an endpoint: httpx leaves that to whoever brings a transport."""
     proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(url.netloc.decode()):
+    proxy = proxies.get(endpoint.url.scheme) or proxies.get("all")
+    if endpoint.loopback or not proxy or proxy_bypass(endpoint.url.netloc.decode()):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     check_host(httpx.URL(proxy))

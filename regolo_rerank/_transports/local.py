@@ -1,7 +1,7 @@
 """The embedded endpoint: an httpx transport that answers `base_url="local://"` in this process.
 
-It speaks the wire format of the service and needs no key, no network and no model. It is for trying things and for
-tests; the scores of its lexical scorer say how many words a document shares with the query, not what it means.
+It speaks the wire format of the service and needs no key and no network. Its scorer knows something of meaning, and is
+for trying things and for tests; a cross-encoder reads query and document together and knows far more.
 """
 
 import asyncio
@@ -14,37 +14,15 @@ from typing import Final
 import httpx
 from pydantic import ValidationError
 
+from regolo_rerank._transports.scorer import embedded_scores
 from regolo_rerank._wire.endpoint import Scorer
 from regolo_rerank._wire.messages import Request, encode
 from regolo_rerank.errors import InvalidInputError
 
-__all__ = ["SCORER_EXTENSION", "EmbeddedTransport", "answer", "lexical_scores"]
+__all__ = ["SCORER_EXTENSION", "EmbeddedTransport", "answer"]
 
 SCORER_EXTENSION: Final = "regolo_rerank.scorer"
-"""Key of the request's extension that holds a scorer to use in place of the lexical one."""
-
-
-def lexical_scores(query: str, documents: list[str]) -> list[float]:
-    """Score documents by the words that they share with the query.
-
-    Args:
-        query: The query.
-        documents: N texts.
-
-    Returns:
-        N numbers from 0 to 1, the best 1: rapidfuzz's `token_set_ratio`, which knows neither word order nor case, over
-        100.
-
-    Raises:
-        InvalidInputError: rapidfuzz is not installed.
-    """
-    try:
-        from rapidfuzz import fuzz, utils
-    except ImportError:
-        raise InvalidInputError(
-            'base_url="local://" scores with rapidfuzz: pip install "regolo_rerank[local]", or pass a scorer'
-        ) from None
-    return [fuzz.token_set_ratio(query, text, processor=utils.default_process) / 100 for text in documents]
+"""Key of the request's extension that holds a scorer to use in place of the embedded one."""
 
 
 def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
@@ -52,7 +30,7 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
 
     Args:
         body: The request's body.
-        scorer: (query, documents) -> one finite number a document; None takes `lexical_scores`.
+        scorer: (query, documents) -> one finite number a document; None takes `embedded_scores`.
 
     Returns:
         The HTTP status and the body of the reply.
@@ -65,7 +43,7 @@ def answer(body: bytes, scorer: Scorer | None = None) -> tuple[int, bytes]:
     except ValidationError as error:
         detail = [{"loc": ["body", *line["loc"]], "msg": line["msg"]} for line in error.errors()]
         return 422, encode({"detail": detail})
-    scores = _scores(scorer or lexical_scores, request.query, request.documents)
+    scores = _scores(scorer or embedded_scores, request.query, request.documents)
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": request.documents[index]}}
@@ -83,11 +61,14 @@ def _scores(scorer: Scorer, query: str, documents: list[str]) -> Sequence[float]
         raise
     except Exception as error:
         raise InvalidInputError(f"scorer: it raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(documents) or not all(map(math.isfinite, scores)):
-        raise InvalidInputError(
-            f"scorer: must give one finite number a document, gave {len(scores)} scores for {len(documents)}"
-        )
-    return scores
+    if len(scores) != len(documents):
+        problem = f"{len(scores)} scores for {len(documents)}"
+    elif not all(map(math.isfinite, scores)):
+        index = next(index for index, score in enumerate(scores) if not math.isfinite(score))
+        problem = f"{scores[index]} for documents[{index}] of the request"
+    else:
+        return scores
+    raise InvalidInputError(f"scorer: must give one finite number a document, gave {problem}")
 
 
 class EmbeddedTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):

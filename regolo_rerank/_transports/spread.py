@@ -27,16 +27,7 @@ KEEPALIVE: Final = 60.0
 
 
 class _Spread(Generic[P]):
-    """The pools that no request uses; deques are safe to share between threads.
-
-    Args:
-        kind: The class of the pools.
-        **settings: Their arguments.
-
-    Raises:
-        ImportError: A proxy needs a package that is not installed.
-        ValueError: A proxy's address is none.
-    """
+    """The pools that no request uses; deques are safe to share between threads."""
 
     def __init__(self, kind: type[P], **settings: Any) -> None:
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE)
@@ -120,11 +111,7 @@ class _Pool(httpx.HTTPTransport):
 
 
 class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
-    """Sends each request over a pool that no other request uses meanwhile.
-
-    Args:
-        **settings: Arguments of each `httpx.HTTPTransport`.
-    """
+    """Sends each request over a pool that no other request uses meanwhile; its settings are those of each pool."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(_Pool, **settings)

@@ -9,10 +9,13 @@ import httpx
 from regolo_rerank._wire.names import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
-__all__ = ["MAX_REPLY_BYTES", "ReplyBody"]
+__all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a reply, as they come or decompressed, after which it is refused."""
+
+READ: Final = httpx.ByteStream(b"")
+"""What a reply has in place of its stream once it is read: that one refers back to the reply, and frees it late."""
 
 _GZIP: Final = 31
 """What zlib calls gzip."""

@@ -1,30 +1,40 @@
-"""What may go over the wire: checks of single options, whose errors pydantic puts beside the option's name."""
+"""What may go over the wire: checks of single options, and how pydantic's error says that one is wrong."""
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
-from pydantic import SecretStr
-from pydantic_core import to_json
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from regolo_rerank._wire.endpoint import read_base_url
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = [
+    "API_FIELDS",
     "API_KEY_VARIABLE",
+    "advise",
     "check_base_url",
     "check_cache",
     "check_extra_body",
     "check_headers",
     "check_key",
     "check_text",
+    "client_check",
     "dump_key",
+    "explain",
     "read_environment_key",
 ]
 
+T = TypeVar("T")
+
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
+
+API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
+"""The fields of a request that the API names, each of them an argument here."""
 
 
 def check_base_url(base_url: str) -> str:
@@ -37,6 +47,8 @@ def check_base_url(base_url: str) -> str:
 def read_key(text: str) -> SecretStr:
     """Return an API key, without spaces around it."""
     text = text.strip()
+    if text.lower().startswith("bearer ") or text[:1] in {"'", '"'} or text[-1:] in {"'", '"'}:
+        raise ValueError("must be the key alone, without 'Bearer ' in front and without quotes around it")
     for position, character in enumerate(text):
         if not "!" <= character <= "~":
             raise ValueError(
@@ -82,6 +94,17 @@ def check_cache(cache: object) -> object:
     return cache
 
 
+def client_check(kind: type[T]) -> Callable[[object], T | None]:
+    """Return what checks a client of the caller's own, which has to be of this class of httpx's."""
+
+    def check(client: object) -> T | None:
+        if client is None or isinstance(client, kind):
+            return client
+        raise ValueError(f"must be an httpx.{kind.__name__}")
+
+    return check
+
+
 def check_text(text: str) -> str:
     """Return a text that is not blank."""
     if not text.strip():
@@ -91,7 +114,7 @@ def check_text(text: str) -> str:
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of further fields of a request, which are plain JSON."""
-    if ours := fields.keys() & {"model", "query", "documents", "top_n"}:
+    if ours := fields.keys() & API_FIELDS:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
         text = json.dumps(fields, allow_nan=False, ensure_ascii=False)
@@ -116,3 +139,78 @@ def check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
     return headers
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> ValidationError:
+    """Return the same error with the type of each refused value in words, and the value itself left out."""
+    lines = []
+    for line in error.errors(include_url=False, include_context=False):
+        reason, value, loc = line["msg"].removeprefix("Value error, "), line["input"], line["loc"]
+        if loc == ("top_n",) and line["type"] == "greater_than_equal":
+            reason += "; to keep all, set the option to None, or pass len(documents) to a call"
+        if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(loc) == 1:
+            reason = _describe_unknown(cls, str(loc[0]))
+        elif line["type"] == "extra_forbidden" and not re.fullmatch("[a-z_]{1,30}", str(loc[-1])):
+            reason, loc = "holds a field that there is not", loc[:-1]  # anything at all, and perhaps the key
+        # A number helps to find the mistake and is no key; but one of thousands of digits cannot even be shown.
+        short = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 10**15)
+        shown = f" ({value!r})" if short else ""
+        problem = PydanticCustomError(
+            line["type"],
+            "{reason}, got {kind}",
+            {"reason": reason, "kind": f"{_name_type(value)}{shown}"},
+        )
+        lines.append(InitErrorDetails(type=problem, loc=loc, input=...))
+    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+def _name_type(value: object) -> str:
+    """Return the name of a value's type, and where it comes from: libraries call their types alike."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return name if package == "builtins" else f"{package}.{name}"
+
+
+_MEANS: Final = {
+    "k": "top_n",
+    "top_k": "top_n",
+    "model_name": "model",
+    "model_id": "model",
+    "api_base": "base_url",
+    "endpoint": "base_url",
+    "url": "base_url",
+    "similarity_cutoff": "score_threshold",
+    "threshold": "score_threshold",
+    "request_timeout": "timeout",
+    "retries": "max_retries",
+}
+"""What other rerankers call the same option."""
+
+
+def _describe_unknown(cls: type[BaseModel], name: str) -> str:
+    means = "api_key" if name.endswith("api_key") else _MEANS.get(name)
+    # Beside these, only a slip of the pen means the same.
+    close = [means] if means else difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
+    return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"
+
+
+_TEXTS: Final = {
+    "Document": "; pass its page_content, or rerank by regolo_rerank.langchain.RegoloRerank",
+    "TextNode": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
+    "NodeWithScore": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
+}
+"""What to do with what is no text, by its type."""
+
+_OBJECTS: Final = {
+    "Document": "; pass Document(page_content=...), or call rerank(documents, query), which takes strings",
+    "NodeWithScore": "; pass NodeWithScore(node=TextNode(text=...)), or call RegoloClient.rerank with strings",
+}
+"""What to do with a text, by the type that was wanted."""
+
+
+def advise(given: str, kinds: tuple[type, ...]) -> str:
+    """Return what to do with a document of another kind, where that is known, without loading any framework."""
+    if kinds == (str,):
+        return _TEXTS.get(given, "")
+    if given == "str":
+        return _OBJECTS.get(kinds[0].__name__, "")
+    return ""

@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
     loopback: bool
 
     @property
-    def demands_key(self) -> bool:
+    def is_regolo(self) -> bool:
         """Whether this is Regolo's own service, which answers nobody without a key."""
         return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
 

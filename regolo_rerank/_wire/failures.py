@@ -6,7 +6,7 @@ from typing import Final
 import httpx
 from pydantic import SecretStr
 
-from regolo_rerank._wire.messages import mask
+from regolo_rerank._wire.masking import mask
 from regolo_rerank.errors import APIConnectionError, APITimeoutError, RegoloError
 
 __all__ = ["translate_error"]

@@ -1,22 +1,24 @@
-"""The names of requests, by which a reply is known to be the one that was asked for."""
+"""The name of a request, by which its reply is known and support can find it."""
 
 import uuid
+from collections.abc import Mapping
 from typing import Final
 
 import httpx
+from pydantic import SecretStr
 
-__all__ = ["NAME_HEADERS", "is_reply_to_another", "new_name"]
+from regolo_rerank._wire.masking import clean
 
-NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
-"""LiteLLM takes the first for its own name and gives it back, vLLM the second with `--enable-request-id-headers`."""
+__all__ = ["is_reply_to_another", "new_name", "request_id_of"]
 
+_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
 _NAME: Final = "regolo_rerank-"
 """How the names of this package's requests begin."""
 
 
 def new_name() -> dict[str, str]:
-    """Return the headers that give a request a name."""
-    return dict.fromkeys(NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+    """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
 
 
 def is_reply_to_another(response: httpx.Response) -> bool:
@@ -27,5 +29,10 @@ def is_reply_to_another(response: httpx.Response) -> bool:
     return "network_stream" in response.extensions and any(
         (name := response.headers.get(header, "")).startswith(_NAME)
         and response.request.headers.get(header, "") not in name
-        for header in NAME_HEADERS
+        for header in _NAME_HEADERS
     )
+
+
+def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
+    """Return the server's name for a request, where it gives one."""
+    return clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)

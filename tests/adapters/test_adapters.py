@@ -45,6 +45,10 @@ FAILURES = {
     "429": (error("too many requests", 429), RateLimitError),
     "500": (error("the backend is down", 500), ServerError),
     "untrustworthy": (Reply(results((0, None), (1, 0.9), (2, 0.5))), APIResponseError),
+    "substitute": (
+        Reply(results((0, 0.1), (1, 0.9), (2, 0.5)), headers={"x-litellm-attempted-fallbacks": "1"}),
+        APIResponseError,
+    ),
 }
 
 

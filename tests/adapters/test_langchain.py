@@ -132,7 +132,10 @@ def test_an_empty_list_sends_nothing(call: Call, reranker: RegoloRerank, stub: S
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ([Document("a"), "b"], r"documents\[1\]: must be Document, got str"),
+        (
+            [Document("a"), "b"],
+            r"documents\[1\]: must be Document, got str; pass Document\(.*, or call rerank",
+        ),
         ([Document("a"), None], r"documents\[1\]: must be Document, got NoneType"),
         ("text", r"documents: must be a list of Document, got str"),
         ({Document: 1}, r"documents: must be a list of Document, got dict"),
@@ -193,6 +196,19 @@ def test_rerank_takes_model_and_top_n_for_one_call(call: Call, reranker: RegoloR
     assert [result["index"] for result in call(reranker.rerank, documents(), "q")] == [1, 2, 0]
     assert [request.json["model"] for request in stub.received] == ["other", "Qwen3-Reranker-4B"]
     assert (reranker.model, reranker.top_n) == ("Qwen3-Reranker-4B", 5)
+
+
+def test_rerank_takes_the_task_of_one_call(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """An instruction stands in for the option in this call, wherever the format puts it."""
+    for prompt_format in ("tagged", "server_template"):
+        reranker.prompt_format = prompt_format
+        call(reranker.rerank, documents(), "q", instruction="Find recipes")
+        call(reranker.rerank, documents(), "q")
+    tagged, by_default, in_a_field, in_a_field_by_default = [request.json for request in stub.received]
+    assert tagged["query"] == "<Instruct>: Find recipes\n<Query>: q"
+    assert by_default["query"] == f"<Instruct>: {reranker.instruction}\n<Query>: q"
+    assert (in_a_field["query"], in_a_field["instruction"]) == ("q", "Find recipes")
+    assert in_a_field_by_default["instruction"] == reranker.instruction
 
 
 @pytest.mark.parametrize(

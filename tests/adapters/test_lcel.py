@@ -13,6 +13,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import (
+    ConfigurableField,
     Runnable,
     RunnableConfig,
     RunnableLambda,
@@ -25,7 +26,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langgraph.graph import START, StateGraph
 from pydantic import ValidationError
 
-from regolo_rerank import AuthenticationError, InvalidInputError, RateLimitError, ServerError
+from regolo_rerank import AuthenticationError, InvalidInputError, RateLimitError, RerankFallbackWarning, ServerError
 from regolo_rerank.langchain import RegoloRerank
 from tests.conftest import KEY
 from tests.support.modes import Call
@@ -268,11 +269,121 @@ def test_a_step_says_what_it_takes_and_gives(step: Step) -> None:
     assert "RegoloRerank" in {node.name for node in FORMS["dict"](step).get_graph().nodes.values()}
 
 
-def test_a_step_refuses_arguments(call: Call, step: Step, stub: Stub) -> None:
-    """What is bound to it would have no effect, so it is an error that names it."""
-    with pytest.raises(InvalidInputError, match="top_n: the runnable takes no arguments; set options on the reranker"):
-        call(step.bind(top_n=1).invoke, candidates())
+ARGUMENTS: dict[str, Any] = {
+    "top_n": 1,
+    "model": "other",
+    "instruction": "Find it",
+    "score_threshold": 0.6,
+    "extra_body": {"user": "me"},
+}
+"""What a step takes for one call."""
+
+GIVEN: dict[str, Callable[[Any, dict[str, Any]], Step]] = {
+    "bind": lambda step, arguments: step.bind(**arguments),
+    "configurable": lambda step, arguments: step.configurable_fields(
+        **{name: ConfigurableField(id=f"my_{name}") for name in arguments}
+    ).with_config(configurable={f"my_{name}": value for name, value in arguments.items()}),
+}
+"""Ways to give it to all calls of a chain; `invoke` takes it too."""
+
+
+@pytest.mark.parametrize("way", ["invoke", *GIVEN])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_step_takes_the_arguments_of_one_call(
+    call: Call, reranker: RegoloRerank, stub: Stub, way: str, name: str
+) -> None:
+    """Each does for a call what the option does, in the trace too, and the reranker keeps its own."""
+    reranker.prompt_format = "tagged"
+    before, arguments, trace = reranker.model_dump(), {name: ARGUMENTS[name]}, RunCollectorCallbackHandler()
+    step: Any = reranker.as_runnable()
+    config: RunnableConfig = {"callbacks": [trace]}
+    if way == "invoke":
+        kept = call(step.invoke, candidates(), config, **arguments)
+    else:
+        kept = call(GIVEN[way](step, arguments).invoke, candidates(), config)
+    assert texts(kept) == (BEST[:1] if name in {"top_n", "score_threshold"} else BEST)
+    call(reranker.model_copy(update=arguments).compress_documents, documents(), QUERY)
+    assert stub.received[0].body == stub.received[1].body
+    (traced,) = named(trace.traced_runs, "RegoloRerank")
+    assert (traced.inputs["model"], traced.inputs["top_n"]) == (
+        arguments.get("model", reranker.model),
+        arguments.get("top_n", 2),
+    )
+    assert reranker.model_dump() == before
+
+
+def test_an_argument_of_one_call_stands_before_a_configured_one(call: Call, step: Step) -> None:
+    """What `invoke` is given counts, else what is configured, else the option; None is nothing given."""
+    configured = cast("Any", step).configurable_fields(top_n=ConfigurableField(id="n"))
+    for given, kept in (({"top_n": 3}, 3), ({"top_n": None}, 1)):
+        assert len(call(configured.invoke, candidates(), {"configurable": {"n": 1}}, **given)) == kept
+    assert len(call(configured.invoke, candidates())) == 2
+
+
+def test_an_argument_of_one_call_counts_for_a_fallback(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """Where the service fails, the first `top_n` of the call come back."""
+    reranker.on_error = "return_input"
+    stub.always(error("down", 500))
+    with pytest.warns(RerankFallbackWarning):
+        assert call(cast("Step", reranker.as_runnable()).invoke, candidates(), top_n=1) == documents()[:1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"batch_size": 5}, "batch_size: no argument of a call, which are top_n, model, .*; set other options on the"),
+        ({"top_n": 0}, "top_n: "),
+        ({"top_n": "many"}, "top_n: .*got str"),
+    ],
+)
+def test_a_step_refuses_other_arguments(
+    call: Call, step: Step, stub: Stub, arguments: dict[str, Any], problem: str
+) -> None:
+    """What would have no effect, and what is wrong, is an error of ours that names it."""
+    for way in (step.bind(**arguments), *([GIVEN["configurable"](step, arguments)] if "top_n" in arguments else [])):
+        with pytest.raises(InvalidInputError, match=problem):
+            call(way.invoke, candidates())
     assert stub.received == []
+
+
+def test_a_step_can_be_exchanged_by_configuration(call: Call, step: Step, stub: Stub) -> None:
+    """`configurable_alternatives` puts another runnable in its place for a call, without a request."""
+    choice = cast("Any", step).configurable_alternatives(
+        ConfigurableField(id="ranker"), default_key="regolo", none=RunnableLambda(first_two)
+    )
+    assert call(choice.invoke, candidates(), {"configurable": {"ranker": "none"}}) == documents()[:2]
+    assert stub.received == []
+    assert texts(call(choice.invoke, candidates())) == BEST
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"question": QUERY, "documents": []}, r"got the keys 'question', 'documents'; as_runnable\(query_key=..., "),
+        ({}, "got dict"),
+        (QUERY, "got str"),
+    ],
+)
+def test_a_step_names_the_keys_that_it_got(call: Call, step: Step, given: Any, got: str) -> None:
+    """An input without the keys that it takes is an error with both, and with the way to others; no value is shown."""
+    with pytest.raises(InvalidInputError, match=got) as caught:
+        call(step.invoke, given)
+    assert "the runnable takes {'query': ..., 'documents': ...}" in str(caught.value)
+    assert QUERY not in str(caught.value)
+
+
+def test_a_step_takes_the_keys_of_its_chain(call: Call, reranker: RegoloRerank) -> None:
+    """A chain's question and context go in as they are, and the schema says so."""
+    step: Any = reranker.as_runnable(query_key="question", documents_key="context")
+    chain: Step = {"question": RunnablePassthrough[str](), "context": Everything()} | RunnablePassthrough.assign(
+        context=step
+    )
+    assert texts(call(chain.invoke, QUERY)["context"]) == BEST
+    assert step.get_input_schema().model_json_schema()["required"] == ["question", "context"]
+    with pytest.raises(
+        InvalidInputError, match=r"the runnable takes \{'question': ..., 'context': ...\}, got the keys"
+    ):
+        call(step.invoke, candidates())
 
 
 def test_a_step_can_be_pickled(call: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,16 @@ from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayloa
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.postprocessor import TimeWeightedPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
 from pydantic import ValidationError
 
 from regolo_rerank import AuthenticationError, InvalidInputError
 from regolo_rerank.llama_index import RegoloRerank
 from tests.conftest import KEY
 from tests.support.modes import Call
-from tests.support.stub import Stub, error
+from tests.support.stub import Reply, Stub, error, results
 
 
 @pytest.fixture
@@ -34,6 +35,16 @@ def candidates() -> list[NodeWithScore]:
         NodeWithScore(node=TextNode(text=text, id_=text[0]), score=0.25)
         for text in ("a score=0.1", "b score=0.9", "c score=0.5")
     ]
+
+
+def unscored(ranked: NodeWithScore) -> BaseNode:
+    """Return a node as it was before reranking added its score."""
+    hidden = {
+        name: [key for key in getattr(ranked.node, name) if key != "relevance_score"]
+        for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
+    }
+    metadata = {key: value for key, value in ranked.node.metadata.items() if key != "relevance_score"}
+    return ranked.node.model_copy(update={"metadata": metadata, **hidden})
 
 
 def pairs(nodes: Iterable[NodeWithScore]) -> list[tuple[str, float | None]]:
@@ -77,7 +88,7 @@ def test_every_kind_of_node_is_reranked(call: Call, reranker: RegoloRerank, stub
     ]
     ranked = call(reranker.postprocess_nodes, [NodeWithScore(node=node, score=0.25) for node in nodes], query_str="q")
     assert [type(candidate.node) for candidate in ranked] == [IndexNode, TextNode, ImageNode]
-    assert [candidate.node for candidate in ranked] == [nodes[2], nodes[1], nodes[0]]
+    assert list(map(unscored, ranked)) == [nodes[2], nodes[1], nodes[0]]
     assert [candidate.score for candidate in ranked] == [0.9, 0.1, 0.0]
     assert stub.documents == [["a score=0.1", "b score=0.9"]]
 
@@ -113,9 +124,10 @@ def test_metadata_is_scored_as_it_is_embedded_by_default(call: Call, reranker: R
     assert stub.documents == [[node.get_content(MetadataMode.EMBED)]]
 
 
-def test_the_retrieval_score_is_kept_out_of_sight(call: Call, reranker: RegoloRerank) -> None:
-    """It is in the metadata, and neither the LLM nor an embedding model sees it in the text."""
-    reranker.keep_retrieval_score = True
+@pytest.mark.parametrize("keep_retrieval_score", [False, True])
+def test_scores_are_kept_out_of_sight(call: Call, reranker: RegoloRerank, keep_retrieval_score: bool) -> None:
+    """They are in the metadata, the retriever's on demand, and neither the LLM nor an embedding model sees them."""
+    reranker.keep_retrieval_score = keep_retrieval_score
     node = TextNode(
         text="text score=0.4",
         metadata={"title": "T"},
@@ -123,23 +135,30 @@ def test_the_retrieval_score_is_kept_out_of_sight(call: Call, reranker: RegoloRe
         excluded_llm_metadata_keys=["y"],
     )
     (kept,) = call(reranker.postprocess_nodes, [NodeWithScore(node=node, score=0.25)], query_str="q")
-    assert (kept.score, kept.node.metadata) == (0.4, {"title": "T", "retrieval_score": 0.25})
+    scores = {"retrieval_score": 0.25} if keep_retrieval_score else {}
+    scores["relevance_score"] = 0.4
+    assert (kept.score, kept.node.metadata) == (0.4, {"title": "T", **scores})
     for mode_of_metadata in (MetadataMode.LLM, MetadataMode.EMBED):
         assert kept.node.get_content(mode_of_metadata) == node.get_content(mode_of_metadata)
-    assert kept.node.excluded_embed_metadata_keys == ["x", "retrieval_score"]
-    assert kept.node.excluded_llm_metadata_keys == ["y", "retrieval_score"]
+    assert kept.node.excluded_embed_metadata_keys == ["x", *scores]
+    assert kept.node.excluded_llm_metadata_keys == ["y", *scores]
 
 
-def test_metadata_gains_nothing_by_default(call: Call, reranker: RegoloRerank) -> None:
-    """Without `keep_retrieval_score`, a node comes back as it was."""
-    assert all(
-        candidate.node.metadata == {} for candidate in call(reranker.postprocess_nodes, candidates(), query_str="q")
-    )
+def test_the_relevance_score_outlives_the_next_postprocessor(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
+    """What reranks again, or sets scores of its own, leaves the metadata; a second rerank has its own, listed once."""
+    (kept,) = call(reranker.postprocess_nodes, candidates()[1:2], query_str="q")
+    (weighted,) = TimeWeightedPostprocessor(time_access_refresh=False).postprocess_nodes([kept])
+    assert (weighted.score, weighted.node.metadata) == (1.9, {"relevance_score": 0.9})
+    stub.script(Reply(results((0, 0.2))))
+    (again,) = call(reranker.postprocess_nodes, [weighted], query_str="q")
+    assert (again.score, again.node.metadata) == (0.2, {"relevance_score": 0.2})
+    assert stub.documents == [["b score=0.9"]] * 2
+    assert again.node.excluded_llm_metadata_keys.count("relevance_score") == 1
 
 
 def test_a_missing_query_is_refused(call: Call, reranker: RegoloRerank, stub: Stub) -> None:
     """The error has the words of LlamaIndex's own rerankers, and is a ValueError as theirs is."""
-    with pytest.raises(InvalidInputError, match=r"^Missing query bundle in extra info\.$") as refused:
+    with pytest.raises(InvalidInputError, match=r"^Missing query bundle in extra info\. Pass query_str, or") as refused:
         call(reranker.postprocess_nodes, candidates(), query_str=None)
     assert isinstance(refused.value, ValueError)
     assert stub.received == []
@@ -149,6 +168,7 @@ def test_a_missing_query_is_refused(call: Call, reranker: RegoloRerank, stub: St
     ("given", "problem"),
     [
         ([candidates()[0], TextNode(text="b")], r"nodes\[1\]: must be NodeWithScore, got TextNode"),
+        (["b"], r"nodes\[0\]: must be NodeWithScore, got str; pass NodeWithScore\(node=TextNode\(text=...\)\), or"),
         ("text", r"nodes: must be a list of NodeWithScore, got str"),
     ],
 )

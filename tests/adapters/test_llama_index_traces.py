@@ -25,7 +25,7 @@ def test_the_end_event_tells_what_a_call_took(
     assert end.class_name() == ReRankEndEvent.class_name()
     assert end.nodes == kept
     assert isinstance(end, RegoloReRankEndEvent)
-    assert (end.response_id, end.request_ids, end.usage) == ("r-1", ["call-1", "call-1"], Usage(14, 2))
+    assert (end.response_id, end.request_ids, end.usage) == ("r-1", ["call-1", "call-1"], Usage(14, 2, 0.5))
     assert (end.fallback, end.error) == (False, None)
     assert {name: end.model_dump()[name] for name in TOLD} == TOLD
     ((_, ended),) = debug.get_event_pairs(CBEventType.RERANKING)

@@ -51,6 +51,7 @@ def test_openinference_sees_a_reranker_in_langchain(
     assert attributes["regolo_rerank.response_id"] == "r-1"
     assert attributes["regolo_rerank.request_ids"] == ("call-1", "call-1")
     assert (attributes["regolo_rerank.total_tokens"], attributes["regolo_rerank.requests"]) == (14, 2)
+    assert attributes["regolo_rerank.cost"] == 0.5
     assert attributes["regolo_rerank.fallback"] is False
     (run,) = reranks_in(trace.traced_runs)
     assert run.run_type == "chain"
@@ -79,6 +80,7 @@ def test_openinference_sees_a_reranker_in_llama_index(
     assert documents_in(span, "output") == [(TEXTS[1], 0.9), (TEXTS[2], 0.5)]
     assert attributes["regolo_rerank.request_ids"] == ("call-1", "call-1")
     assert (attributes["regolo_rerank.total_tokens"], attributes["regolo_rerank.requests"]) == (14, 2)
+    assert attributes["regolo_rerank.cost"] == 0.5
     assert attributes["regolo_rerank.fallback"] is False
 
 

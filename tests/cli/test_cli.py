@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sysconfig
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +102,7 @@ def test_standard_input_is_read_where_no_file_is_named(
     """Without a FILE, the documents are the lines of standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"alpha\nbeta")))
     assert main(["rank", "beta", "--local", "--top-n", "1"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "1.0000", "██████████", "beta"]
+    assert capsys.readouterr().out.split() == ["1", "0.9999", "██████████", "beta"]
 
 
 def test_a_terminal_is_told_what_is_awaited(
@@ -114,7 +116,7 @@ def test_a_terminal_is_told_what_is_awaited(
         assert main(["rank", "alpha", "--local"]) == 0
     os.close(typist)
     out, err = capsys.readouterr()
-    assert out.startswith("1  1.0000")
+    assert out.startswith("1  0.9999")
     assert err == "reading documents, one a line, until the end of input\n"
 
 
@@ -167,7 +169,16 @@ def test_json_holds_the_response_in_valid_utf_8(
 ) -> None:
     """What a program reads back is what the client returned, whatever the encoding of standard output."""
     body = results((0, 0.7), (1, 0.9), (2, 0.2), usage={"total_tokens": 12})
-    stub.always(Reply(body, headers={"x-litellm-call-id": "call-1"}))
+    stub.always(
+        Reply(
+            body,
+            headers={
+                "x-litellm-call-id": "call-1",
+                "x-litellm-model-group": "reranker",
+                "x-litellm-response-cost": "0.25",
+            },
+        )
+    )
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
     assert main(["rank", "q", jsonl(tmp_path, *documents), "--json", "--base-url", stub.url]) == 0
@@ -177,8 +188,9 @@ def test_json_holds_the_response_in_valid_utf_8(
             {"index": index, "relevance_score": score, "document": documents[index]}
             for index, score in [(1, 0.9), (0, 0.7), (2, 0.2)]
         ],
-        "usage": {"total_tokens": 12, "requests": 1},
+        "usage": {"total_tokens": 12, "requests": 1, "cost": 0.25},
         "request_ids": ["call-1"],
+        "model": "reranker",
     }
 
 
@@ -478,7 +490,27 @@ def test_the_installed_command_ranks_and_fails_as_it_should(command: Callable[[]
     at_stub.always(error("no", 401))
     refused = subprocess.run(arguments, input=b"document", capture_output=True, check=False)  # noqa: S603 - our own command
     assert (refused.returncode, refused.stdout) == (1, b"")
-    assert refused.stderr == b"regolo-rerank: no [HTTP 401]\n"
+    advice = b"check the API key: api_key, or the environment variable REGOLO_API_KEY"
+    assert refused.stderr == b"regolo-rerank: no [HTTP 401]; " + advice + b"\n"
+
+
+def test_a_pipe_that_was_closed_on_windows_is_quiet_too(
+    cities: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has another number for writing into a closed pipe."""
+
+    class Closed(io.FileIO):
+        def write(self, data: Any) -> int:
+            if os.path.samestat(os.fstat(self.fileno()), pipe):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return super().write(data)
+
+    writer = nobody_reads()
+    pipe = os.fstat(writer)
+    with io.TextIOWrapper(io.BufferedWriter(Closed(writer, "w")), "utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["rank", "q", cities, "--local"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet_to_the_end(cities: str) -> None:

@@ -2,25 +2,21 @@ import re
 import socket
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from regolo_rerank import RegoloClient
-from regolo_rerank._cli.demo import QUESTIONS, keyword_search, standard_library
+from regolo_rerank import RegoloClient, llama_index
+from regolo_rerank._cli.demo import SHOWN
 from regolo_rerank._cli.main import main
+from regolo_rerank.evaluation import evaluate, example_queries
 from tests.conftest import KEY
-from tests.support.stub import Stub, error
+from tests.support.stub import Received, Reply, Stub, error, scored
 
-FRAMEWORKS = ["LangChain", "LlamaIndex"]
+QUERIES = {query["relevant"][0]: query for query in example_queries()}
+REQUESTS = 2 * len(SHOWN) + len(QUERIES)
 
-
-@pytest.fixture(scope="module")
-def documents() -> dict[str, str]:
-    """The documents that the demo ranks."""
-    return standard_library()
+LOCAL = RegoloClient(base_url="local://", cache={})
 
 
 @pytest.fixture
@@ -31,38 +27,35 @@ def at_stub(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
     return stub
 
 
-def shown(output: str, question: str) -> tuple[list[str], dict[str, list[tuple[str, str, str]]]]:
-    """Return what the demo shows for a question: its candidates, and (score, way, module) by framework."""
-    block = output.partition(f"\n{question}\n")[2].partition("\n\n")[0]
-    keywords, *rankings = re.split(rf"^  (?:{'|'.join(FRAMEWORKS)}) ", block, flags=re.MULTILINE)
-    line = re.compile(r"^ +\d\. (\d\.\d{4})  ((?:up|down) \d|stays) +(\w+):", re.MULTILINE)
-    return re.findall(r"\d+\.(\w+)", keywords), dict(zip(FRAMEWORKS, map(line.findall, rankings), strict=True))
+def shown(out: str, question: str) -> tuple[list[str], list[str]]:
+    """Return the modules that the demo shows for a question, before and after, the right one with its mark."""
+    _, rows = out.partition(f"\n{question}\n")[2].partition("\n\n")[0].split("\n", 1)
+    cells = re.findall(r"[123]\. (\*| ) (\w+):", rows)
+    names = [f"{mark}{name}".strip() for mark, name in cells]
+    return names[::2], names[1::2]
 
 
-def assert_ranked(out: str, documents: dict[str, str], **options: Any) -> None:
-    """Assert that both frameworks rank each question's candidates as the client does."""
-    with RegoloClient(**options) as client:
-        for question in QUESTIONS:
-            candidates, rankings = shown(out, question)
-            assert candidates == list(keyword_search(question, documents))
-            results = client.rerank(question, [documents[name] for name in candidates], top_n=3).results
-            moves = [result.index - place for place, result in enumerate(results)]
-            expected = [
-                (
-                    f"{result.relevance_score:.4f}",
-                    f"{'up' if move > 0 else 'down'} {abs(move)}" if move else "stays",
-                    candidates[result.index],
-                )
-                for result, move in zip(results, moves, strict=True)
-            ]
-            assert rankings == dict.fromkeys(FRAMEWORKS, expected)
+def assert_true(out: str, client: RegoloClient) -> None:
+    """Assert that the demo shows what BM25 and the client come to, and what evaluate measures."""
+    for module in SHOWN:
+        query = QUERIES[module]
+        results = client.rerank(query["query"], [each["text"] for each in query["documents"]], top_n=3).results
+        names = [each["id"] for each in query["documents"]]
+        expected = names[:3], [names[result.index] for result in results]
+        assert shown(out, query["query"]) == tuple(
+            [f"*{name}" if name == module else name for name in side] for side in expected
+        )
+    measures = evaluate(QUERIES.values(), client).variants[0].measures
+    for name in ("nDCG@10", "Recall@10"):
+        each = measures[name]
+        assert f"{name} {each.before:.3f} {each.after:.3f} {each.difference:+.3f}" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("width", [20, 80, 120])
-def test_without_a_key_the_demo_scores_on_this_machine_and_says_so(
-    width: int, documents: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_without_a_key_the_demo_convinces_on_this_machine(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first line names the scorer, both frameworks rank each question as the client does, and nothing is sent."""
+    """One screen: right modules first that BM25 has not, both frameworks alike, and the gain; nothing is sent."""
 
     def no_network(*_: Any) -> NoReturn:
         pytest.fail("the demo uses the network")
@@ -73,10 +66,16 @@ def test_without_a_key_the_demo_scores_on_this_machine_and_says_so(
     assert main(["demo"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Using the embedded lexical scorer (local://): it compares words, not meanings.\n")
-    assert len(out.splitlines()) < 100
-    assert max(map(len, out.splitlines())) <= max(80, min(width, 100))
-    assert_ranked(out, documents, base_url="local://")
+    assert out.startswith("Reranked on this machine, by word vectors. Set REGOLO_API_KEY for a real model.\n")
+    assert len(out.splitlines()) <= 36
+    assert max(map(len, out.splitlines())) <= max(80, min(width, 120))
+    assert "LangChain and LlamaIndex agree: the same documents, the same scores, each time." in out
+    for module in SHOWN:
+        before, after = shown(out, QUERIES[module]["query"])
+        assert f"*{module}" not in before
+        assert after[0] == f"*{module}"
+    assert_true(out, LOCAL)
+    assert out.count("better") == 4
 
 
 def test_the_frameworks_add_nothing_to_the_output() -> None:
@@ -84,87 +83,97 @@ def test_the_frameworks_add_nothing_to_the_output() -> None:
     arguments = [sys.executable, "-m", "regolo_rerank", "demo"]
     ended = subprocess.run(arguments, capture_output=True, text=True, encoding="utf-8", check=True)  # noqa: S603 - our own command
     assert ended.stderr == ""
-    assert ended.stdout.startswith("Using the embedded lexical scorer")
+    assert ended.stdout.startswith("Reranked on this machine")
 
 
-def test_with_a_key_the_demo_asks_the_service(
-    at_stub: Stub, documents: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its first line names model and host, and each framework sends each question with the key."""
+def test_with_a_key_the_demo_asks_the_service(at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first line names model, host and what it takes, and each framework sends each question with the key."""
     assert main(["demo"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Reranking with Qwen3-Reranker-4B at 127.0.0.1.\n")
+    assert out.startswith(f"Reranked by Qwen3-Reranker-4B at 127.0.0.1, with {REQUESTS} requests.\n")
+    assert len(at_stub.received) == REQUESTS
     assert {request.headers["authorization"] for request in at_stub.received} == {f"Bearer {KEY}"}
-    agents = [request.headers["user-agent"].split()[1].partition("/")[0] for request in at_stub.received]
-    assert agents == ["langchain-core", "llama-index-core"] * len(QUESTIONS)
-    assert_ranked(out, documents)
+    agents = [request.headers["user-agent"] for request in at_stub.received]
+    for framework in ("langchain-core", "llama-index-core"):
+        assert sum(framework in agent for agent in agents) == len(SHOWN)
+    assert_true(out, RegoloClient())
 
 
-def test_the_demo_asks_a_server_that_needs_no_key(
+@pytest.mark.parametrize(("arguments", "local"), [(["--local"], True), (["--base-url", "URL"], False)])
+def test_arguments_say_where_to_rerank(
+    arguments: list[str],
+    stub: Stub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    local: bool,
+) -> None:
+    """`--local` sends nothing whatever the environment has, and `--base-url` goes to a server that needs no key."""
+    if local:
+        monkeypatch.setenv("REGOLO_API_KEY", KEY)
+        monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
+    assert main(["demo", *(stub.url if each == "URL" else each for each in arguments)]) == 0
+    assert capsys.readouterr().out.startswith("Reranked on this machine" if local else "Reranked by")
+    assert len(stub.received) == (0 if local else REQUESTS)
+
+
+def test_a_server_in_the_environment_is_enough(
     stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`REGOLO_BASE_URL` alone is enough to leave the embedded scorer."""
+    """`REGOLO_BASE_URL` alone leaves the embedded scorer."""
     monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
     assert main(["demo"]) == 0
-    assert capsys.readouterr().out.startswith("Reranking with")
-    assert stub.received
+    assert capsys.readouterr().out.startswith("Reranked by")
+
+
+def test_that_the_frameworks_agree_is_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of them ranked otherwise, the demo would say so."""
+    real = llama_index.RegoloRerank
+
+    def other(**options: Any) -> llama_index.RegoloRerank:
+        return real(**options, scorer=lambda _, documents: [float(len(document)) for document in documents])
+
+    monkeypatch.setattr(llama_index, "RegoloRerank", other)
+    assert main(["demo", "--local"]) == 0
+    assert "LangChain and LlamaIndex do not agree each time." in capsys.readouterr().out
 
 
 def test_a_failure_of_the_service_ends_the_demo_in_one_line(at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     """No framework adds its own words to an error."""
     at_stub.always(error("no", 401))
     assert main(["demo"]) == 1
-    assert capsys.readouterr().err == "regolo-rerank: no [HTTP 401]\n"
+    advice = "check the API key: api_key, or the environment variable REGOLO_API_KEY"
+    assert capsys.readouterr().err == f"regolo-rerank: no [HTTP 401]; {advice}\n"
 
 
-@pytest.mark.parametrize("missing", ["langchain_classic", "llama_index.core", "llama_index", "langchain_core"])
-def test_a_missing_framework_is_one_line_and_status_2(
+def test_a_question_that_fails_is_told(at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with one of the hundred leaves the figures of the others."""
+    question = next(query["query"] for module, query in QUERIES.items() if module not in SHOWN)
+
+    def one_fails(request: Received) -> Reply:
+        return error("too long", 400) if question in request.json["query"] else scored(request)
+
+    at_stub.reply = one_fails
+    assert main(["demo"]) == 0
+    assert "1 of the questions failed and count nowhere." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "missing", ["langchain_classic", "llama_index.core", "llama_index", "langchain_core", "ir_measures", "bm25s"]
+)
+def test_a_missing_package_is_one_line_and_status_2(
     missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line says what to install."""
     for name in list(sys.modules):
-        if name == "regolo_rerank._cli.demo" or name.startswith(f"{missing}."):
+        ours = ("regolo_rerank._cli.demo", "regolo_rerank.evaluation", "regolo_rerank._evaluation")
+        if name.startswith((*ours, f"{missing}.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["demo"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert 'pip install "regolo_rerank[demo]"' in err
-
-
-def test_the_standard_library_is_read_and_not_run() -> None:
-    """There is a document for each documented public module, and no module is imported for it."""
-    before = set(sys.modules)
-    documents = standard_library.__wrapped__()
-    assert set(sys.modules) == before
-    assert len(documents) > 100
-    assert documents["shelve"].startswith("shelve: Manage shelves of pickled objects.")
-    assert not [name for name in documents if name.startswith("_")]
-
-
-def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that is private, damaged, undocumented or absent is no document, and does no harm."""
-    for name, source in {
-        "abc": b'"""Kept."""',
-        "json/__init__": b'# coding: latin-1\n"""caf\xe9"""',
-        "_pyio": b'"""Private."""',
-        "ast": b'"""Cut',
-        "bz2": b'"""\xff"""',
-        "cmd": b"x = 1",
-        "mine": b'"""No module of the standard library."""',
-    }.items():
-        file = tmp_path / f"{name}.py"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(source)
-    (tmp_path / "dis").mkdir()
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    assert standard_library.__wrapped__() == {"abc": "abc: Kept.", "json": "json: café"}
-
-
-def test_keyword_search_counts_rare_words_for_more() -> None:
-    """The rarest shared words win, equals stay in order, and what shares only short words is not found."""
-    documents = {"a": "How to open it", "b": "open FILES", "c": "open shelves", "d": "files", "e": "open files again"}
-    assert list(keyword_search("how to open shelves, files?", documents)) == ["c", "b", "e", "d", "a"]
-    assert keyword_search("how to", documents) == {}
-    assert len(keyword_search("open", {str(number): "open" for number in range(20)})) == 10

@@ -72,6 +72,26 @@ def test_usage_is_that_of_the_replies_that_tell(rank: Rank, stub: Stub) -> None:
     assert (response.usage.total_tokens, response.usage.requests) == (7, 3)
 
 
+@pytest.mark.parametrize(
+    ("figures", "cost"),
+    [
+        (["0.25", "0.5", "1e-3"], 0.751),
+        (["0.0", "0.0", "0.0"], 0.0),
+        (["", "0.5", "None"], 0.5),
+        (["nan", "-1", "inf"], None),
+    ],
+)
+def test_the_cost_is_that_of_the_replies_that_tell(
+    rank: Rank, client: RegoloClient, stub: Stub, figures: list[str], cost: float | None
+) -> None:
+    """US dollars add up over the requests of a call, what is no amount counts as nothing, and free is not unknown."""
+    left = iter(figures)
+    stub.reply = lambda request: Reply(scored(request).body, headers={"x-litellm-response-cost": next(left)})
+    client.batch_size = client.max_concurrency = 1
+    assert rank(client, "q", texts(3)).usage.cost == (None if cost is None else pytest.approx(cost))
+    assert rank(client, "q", []).usage.cost is None
+
+
 def test_usage_and_request_ids_add_up_over_batches(rank: Rank, stub: Stub) -> None:
     """Tokens, requests (retries included) and request ids of all batches are in the response."""
     numbers = itertools.count(1)

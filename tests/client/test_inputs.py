@@ -2,6 +2,8 @@ import threading
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
 
 from regolo_rerank import InvalidInputError, RegoloClient
 from tests.conftest import KEY, Rank
@@ -20,12 +22,20 @@ from tests.support.stub import Stub
         ("q", ["a", None], {}, r"documents\[1\]: must be str, got NoneType"),
         ("q", [7], {}, r"documents\[0\]: must be str, got int"),
         ("q", ["a", b"b"], {}, r"documents\[1\]: must be str, got bytes"),
+        ("q", [Document("a")], {}, r"got Document; pass its page_content, or rerank by regolo_rerank\.langchain\."),
+        ("q", [TextNode(text="a")], {}, r"got TextNode; pass its get_content\(\), or rerank by .*llama_index\."),
+        ("q", [NodeWithScore(node=TextNode(text="a"))], {}, r"got NodeWithScore; pass its get_content\(\), or rerank"),
         ("", ["a"], {}, "query: must not be blank"),
         (" \n", ["a"], {}, "query: must not be blank"),
         (None, ["a"], {}, "query: must be a string, got NoneType"),
         (["q"], ["a"], {}, "query: must be a string, got list"),
         ("q", ["a"], {"top_n": 0}, r"top_n: .* got int \(0\)"),
-        ("q", ["a"], {"top_n": -1}, r"top_n: .* got int \(-1\)"),
+        (
+            "q",
+            ["a"],
+            {"top_n": -1},
+            r"top_n: .* 1; to keep all, set the option to None, or .*, got int \(-1\)",
+        ),
         ("q", ["a"], {"top_n": True}, r"top_n: .* got bool \(True\)"),
         ("q", ["a"], {"top_n": 2.5}, r"top_n: .* got float \(2\.5\)"),
         ("q", ["a"], {"top_n": "2"}, "top_n: .* got str"),

@@ -1,11 +1,19 @@
 from typing import Any
 
+import httpx
 import pytest
 
-from regolo_rerank import APIConnectionError, InvalidInputError, MissingAPIKeyError, RegoloClient
+from regolo_rerank import (
+    APIConnectionError,
+    AuthenticationError,
+    InvalidInputError,
+    MissingAPIKeyError,
+    RegoloClient,
+    RegoloError,
+)
 from tests.conftest import KEY, Rank
 from tests.support.inside import forget_certificates
-from tests.support.stub import Stub
+from tests.support.stub import Reply, Stub, error
 
 
 def test_without_a_key_the_error_names_both_ways_out(rank: Rank) -> None:
@@ -42,6 +50,44 @@ def test_a_malformed_key_in_the_environment_is_refused(rank: Rank, stub: Stub, m
     with pytest.raises(InvalidInputError, match=r"REGOLO_API_KEY: .* position 6") as caught:
         rank(RegoloClient(base_url=stub.url), "q", ["a"])
     assert "sk-can" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [f"Bearer {KEY}", f"'{KEY}'", f'"{KEY}"'])
+def test_a_key_with_something_around_it_is_refused(
+    rank: Rank, stub: Stub, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The environment's too: nothing is sent, and the error does not show it."""
+    monkeypatch.setenv("REGOLO_API_KEY", key)
+    with pytest.raises(InvalidInputError, match="REGOLO_API_KEY: must be the key alone, without 'Bearer '") as caught:
+        rank(RegoloClient(base_url=stub.url), "q", ["a"])
+    assert KEY not in str(caught.value)
+    assert stub.received == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "advice"),
+    [
+        (
+            error("no such key", 401),
+            r"\[HTTP 401\]; check the API key: api_key, or .* REGOLO_API_KEY",
+        ),
+        (error("not found", 404), "; nothing to rerank with at {url}: see base_url"),
+        (Reply({"detail": "Method Not Allowed"}, 405), "; nothing to rerank with at {url}: see base_url"),
+        (Reply(b"<!doctype html><p>Hello"), "a web page has answered at {url}, and not the API: see base_url"),
+    ],
+)
+def test_an_error_says_what_to_do(rank: Rank, client: RegoloClient, stub: Stub, reply: Reply, advice: str) -> None:
+    """Where key or address are wrong, it names the option, and the address that was used."""
+    stub.always(reply)
+    with pytest.raises(RegoloError, match=advice.replace("{url}", f"{stub.url}/rerank")):
+        rank(client, "q", ["a"])
+
+
+def test_without_a_key_a_refusal_says_to_set_one(rank: Rank, stub: Stub) -> None:
+    """A server of one's own that demands a key says so itself, and the error says where it goes."""
+    stub.always(error("no key", 401))
+    with pytest.raises(AuthenticationError, match="; set the API key: api_key, or the environment"):
+        rank(RegoloClient(base_url=stub.url), "q", ["a"])
 
 
 def test_the_key_does_not_go_over_plain_http(rank: Rank) -> None:
@@ -119,7 +165,10 @@ def test_other_hosts_are_reached_through_the_environments_proxy(
             for proxy in ("nonsense://x", "http://", "http://h:x", "http://h:65536", "http://a..b")
         ),
         *(("ALL_PROXY", proxy) for proxy in (f"{'a' * 64}:80", "h:99999999999999999999", "\x01")),
-        ("SSL_CERT_FILE", "/nonexistent"),
+        pytest.param(
+            *("SSL_CERT_FILE", "/nonexistent"),
+            marks=pytest.mark.skipif(httpx.__version__ < "0.28", reason="httpx 0.27 ignores a file that is not there"),
+        ),
         ("SSL_CERT_FILE", __file__),
     ],
 )

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from regolo_rerank import PromptFormat, RegoloClient, RerankResponse
@@ -15,6 +16,29 @@ def test_a_ranking_is_sorted_and_holds_the_callers_own_strings(rank: Rank, clien
     assert pairs(response.results) == [(1, 0.9), (2, 0.5), (0, 0.1)]
     assert all(result.document is documents[result.index] for result in response.results)
     assert len(stub.received) == 1
+
+
+def test_a_response_is_the_sequence_of_its_results(rank: Rank, client: RegoloClient) -> None:
+    """It has a length, is iterated, indexed and cut as its results are; an empty one is false."""
+    response = rank(client, "q", texts(3), top_n=2)
+    assert (len(response), list(response)) == (2, response.results)
+    assert (response[0], response[-1], response[1:]) == (*response.results, response.results[1:])
+    with pytest.raises(IndexError):
+        _ = response[2]
+    assert response
+    assert not rank(client, "q", [])
+
+
+def test_results_make_a_data_frame(rank: Rank, client: RegoloClient) -> None:
+    """Pandas has a row for each result, with the fields' own types, whether it is given the results or the response."""
+    response = rank(client, "q", texts(3))
+    given: Any
+    for given in (response.results, response):
+        frame = pd.DataFrame(given)
+        assert list(frame.columns) == ["index", "relevance_score", "document"]
+        assert frame["index"].tolist() == [2, 1, 0]
+        assert frame["relevance_score"].dtype == float
+        assert frame["document"].tolist() == texts(3)[::-1]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter, lambda documents: (text for text in documents)])

@@ -166,12 +166,14 @@ def test_a_documents_id_is_kept(entry: Entry, call: Call) -> None:
 @pytest.mark.parametrize("kind", [LlamaIndexRerank], ids=["llama_index"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_node_keeps_its_id_and_the_text_that_the_llm_sees(entry: Entry, call: Call, *, keep: bool) -> None:
-    """LlamaIndex nodes come back with their id, and a kept retrieval score shows in their metadata only."""
+    """LlamaIndex nodes come back with their id, and scores show in their metadata only."""
     reranker, nodes = entry.opened(top_n=2, keep_retrieval_score=keep), nodes_of(TEXTS)
     assert isinstance(reranker, LlamaIndexRerank)
     kept = call(reranker.postprocess_nodes, nodes, query_str="q")
     assert [node.node_id for node in kept] == ["1", "2"]
-    assert [node.metadata for node in kept] == [{"retrieval_score": 0.5} if keep else {}] * 2
+    assert [node.metadata for node in kept] == [
+        {**({"retrieval_score": 0.5} if keep else {}), "relevance_score": node.score} for node in kept
+    ]
     for mode in (MetadataMode.LLM, MetadataMode.EMBED):
         assert [node.node.get_content(mode) for node in kept] == [TEXTS[1], TEXTS[2]]
 

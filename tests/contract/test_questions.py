@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "notebooks" / "data" / "stdlib_questions.jsonl"
-QUESTIONS: list[dict[str, Any]] = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()]
+PATH = Path(__file__).parents[2] / "regolo_rerank" / "_examples" / "stdlib_questions.jsonl"
+HOUSEHOLD_PATH = Path(__file__).parents[2] / "notebooks" / "data" / "household.jsonl"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+QUESTIONS = read(PATH)
+HOUSEHOLD = read(HOUSEHOLD_PATH)
 
 
 def docstrings(module: str) -> list[str]:
@@ -37,3 +46,18 @@ def test_a_question_can_be_answered_and_does_not_answer_itself(question: dict[st
     assert not module.startswith("_")
     assert len(docstrings(module)) == 1
     assert not re.search(rf"\b{module}s?\b", question["question"], re.IGNORECASE)
+
+
+def test_the_household_has_40_paragraphs_and_a_question_for_each() -> None:
+    """Ids, texts and questions are there once each, and a text is a short paragraph."""
+    assert len(HOUSEHOLD) == 40
+    for name in ("id", "text", "question"):
+        assert len({each[name] for each in HOUSEHOLD}) == 40
+    assert all(each.keys() == {"id", "text", "question"} and 100 < len(each["text"]) < 400 for each in HOUSEHOLD)
+
+
+@pytest.mark.parametrize("each", HOUSEHOLD, ids=lambda each: each["id"])
+def test_a_household_question_does_not_borrow_its_answers_words(each: dict[str, str]) -> None:
+    """A question shares at most two words of four letters or more with the paragraph that answers it."""
+    question, text = (set(re.findall(r"\w{4,}", each[name].lower())) for name in ("question", "text"))
+    assert len(question & text) <= 2

@@ -6,6 +6,7 @@ import pytest
 from regolo_rerank import APIResponseError, PromptFormat
 from regolo_rerank._core.batching import Plan
 from regolo_rerank._wire.messages import Reply, Request
+from regolo_rerank._wire.source import Source
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PRESETS
 from tests.support.stub import pairs, results, score
@@ -36,7 +37,7 @@ def answered(plan: Plan, rng: random.Random) -> list[tuple[int, float]]:
             ranked = ranked[: request.top_n]
         rng.shuffle(ranked)
         reply = Reply.model_validate(results(*((index, value) for value, index in ranked)))
-        plan.accept(batch, reply, None, 1)
+        plan.accept(batch, reply, Source(), 1)
     assert len(sent) == len(set(sent))
     return pairs(plan.merge().results)
 
@@ -52,7 +53,7 @@ def test_any_plan_ranks_as_one_big_sort(seed: int) -> None:
         max_request_bytes=rng.choice([100, 200, 10_000]),
         score_threshold=rng.choice([None, None, 0.2]),
     )
-    plan = Plan("q", documents, options, PromptFormat(escape=False))
+    plan = Plan("q", documents, options, PromptFormat(escape=False), {})
     plan.cut({})
     for batch in plan.batches:
         assert len(batch) <= options.batch_size
@@ -69,14 +70,14 @@ def test_any_plan_ranks_as_one_big_sort(seed: int) -> None:
 )
 def test_batches_by_count_are_even(count: int, batch_size: int, sizes: list[int]) -> None:
     """As few requests as batch_size allows, and none more than one document larger than another."""
-    plan = Plan("q", [str(index) for index in range(count)], Options(batch_size=batch_size), PromptFormat())
+    plan = Plan("q", [str(index) for index in range(count)], Options(batch_size=batch_size), PromptFormat(), {})
     plan.cut({})
     assert [len(batch) for batch in plan.batches] == sizes
 
 
 def test_batches_by_bytes_are_even_too() -> None:
     """Where bytes decide, equal documents are spread evenly over the same number of requests."""
-    plan = Plan("q", [f"{index:0100}" for index in range(10)], Options(max_request_bytes=500), PromptFormat())
+    plan = Plan("q", [f"{index:0100}" for index in range(10)], Options(max_request_bytes=500), PromptFormat(), {})
     plan.cut({})
     assert [len(batch) for batch in plan.batches] == [4, 3, 3]
 
@@ -93,13 +94,13 @@ def test_batches_by_bytes_are_even_too() -> None:
 )
 def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> None:
     """An untrustworthy reply is refused whole, and a good one to the same batch still counts."""
-    plan = Plan("q", ["a", "b"], Options(), PromptFormat())
+    plan = Plan("q", ["a", "b"], Options(), PromptFormat(), {})
     plan.cut({})
     (batch,) = plan.batches
     with pytest.raises(APIResponseError, match=message) as caught:
-        plan.accept(batch, Reply.model_validate(reply), "call-1", 1)
+        plan.accept(batch, Reply.model_validate(reply), Source(request_id="call-1"), 1)
     assert caught.value.request_id == "call-1"
-    plan.accept(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), None, 2)
+    plan.accept(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), Source(), 2)
     assert pairs(plan.merge().results) == [(1, 0.2), (0, 0.1)]
 
 
@@ -123,7 +124,7 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
 )
 def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | None], *, fits: bool) -> None:
     """Echoed texts may be cut, tagged or in another case; where one of them was not sent, the reply is foreign."""
-    plan = Plan("q", ["Alpha <|x|> one", "beta two", "👍"], Options(), PromptFormat(document="Tag: {document}"))
+    plan = Plan("q", ["Alpha <|x|> one", "beta two", "👍"], Options(), PromptFormat(document="Tag: {document}"), {})
     plan.cut({})
     ranked = [
         {"index": index, "relevance_score": 0.5, "document": None if echo is None else {"text": echo}}
@@ -131,21 +132,21 @@ def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | No
     ]
     reply = Reply.model_validate({"results": ranked})
     if fits:
-        plan.accept(plan.batches[0], reply, None, 1)
+        plan.accept(plan.batches[0], reply, Source(), 1)
     else:
         with pytest.raises(APIResponseError, match="echoes other documents"):
-            plan.accept(plan.batches[0], reply, None, 1)
+            plan.accept(plan.batches[0], reply, Source(), 1)
 
 
 def test_the_echo_of_a_long_document_may_be_cut_but_not_be_anothers() -> None:
     """Documents that begin alike are told apart, and the echo of one may be a part of it."""
     texts = [f"The same words at the beginning of both. {name} {name * 200}" for name in ("Rome", "Oslo")]
-    plan = Plan("q", texts, Options(), PRESETS["tagged"])
+    plan = Plan("q", texts, Options(), PRESETS["tagged"], {})
     plan.cut({})
 
     def accept(*echoes: str) -> None:
         ranked = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
-        plan.accept(plan.batches[0], Reply.model_validate({"results": ranked}), None, 1)
+        plan.accept(plan.batches[0], Reply.model_validate({"results": ranked}), Source(), 1)
 
     accept(*texts)
     accept(texts[0][:30], texts[1][:300].lower())

@@ -7,16 +7,17 @@ import sqlite3
 import types
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cachetools import LRUCache, TTLCache
-from diskcache import Cache  # type: ignore[import-untyped]  # it has no types
 
 from regolo_rerank import RegoloClient, RerankCacheWarning
 from tests.conftest import KEY, Rank
 from tests.support.caches import EXPECTED, TEXTS, Failing, Mapping, expected, opened, sent
+from tests.support.stores import opened_redis, opened_sqlite
 from tests.support.stub import Stub, pairs
 
 # The caller's mapping.
@@ -51,28 +52,41 @@ class Table(MutableMapping[str, float]):
         self._table.close()
 
 
-MAPPINGS: dict[str, Callable[[Path], Any]] = {
-    "dict": lambda _: {},
-    "UserDict": lambda _: UserDict(),
-    "LRUCache": lambda _: LRUCache(100),
-    "TTLCache": lambda _: TTLCache(100, 60),
-    "diskcache": lambda folder: Cache(str(folder)),
-    "shelve": lambda folder: shelve.open(str(folder / "scores")),  # noqa: S301, SIM115 - our own file; closed below
-    "one thread": lambda _: Table(),
+MAPPINGS: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {
+    "dict": lambda _: nullcontext({}),
+    "UserDict": lambda _: nullcontext(UserDict()),
+    "LRUCache": lambda _: nullcontext(LRUCache(100)),
+    "TTLCache": lambda _: nullcontext(TTLCache(100, 60)),
+    "shelve": lambda folder: shelve.open(str(folder / "scores")),  # noqa: S301, SIM115 - our own file, which is closed below
+    "one thread": lambda _: closing(Table()),
+    "SQLite": lambda folder: opened_sqlite(folder / "scores"),
+    "RedisDict": lambda _: opened_redis("fakeredis"),
+    "RedisDict on redis-server": lambda _: opened_redis("redis-server"),
 }
 
 
 @pytest.mark.parametrize("kind", MAPPINGS)
 def test_any_mapping_will_do(rank: Rank, stub: Stub, tmp_path: Path, kind: str) -> None:
-    """In memory, on disk, or in the caller's thread only: all pairs of several batches are kept."""
-    known = MAPPINGS[kind](tmp_path)
-    with opened(stub, known, batch_size=1) as client:
+    """In memory, on disk, in Redis, or in the caller's thread only: all pairs of several batches are kept."""
+    with MAPPINGS[kind](tmp_path) as known, opened(stub, known, batch_size=1) as client:
         for requests in (4, 0):
             response = rank(client, "q", TEXTS)
             assert (pairs(response.results), response.usage.requests) == (EXPECTED, requests)
-    assert len(known) == 4
-    if hasattr(known, "close"):
-        known.close()
+        assert len(known) == 4
+
+
+@pytest.mark.parametrize("kind", ["SQLite", "RedisDict", "RedisDict on redis-server"])
+@pytest.mark.parametrize("score", [0.1, 1 / 3, 1e-300, 5e-324, 1.7976931348623157e308, 0.0, -1.0], ids=repr)
+def test_a_recommended_store_keeps_floats_as_they_are(tmp_path: Path, kind: str, score: float) -> None:
+    """What comes back is the same float to the last bit, and nothing where nothing was kept or it was deleted."""
+    with MAPPINGS[kind](tmp_path) as known:
+        known["a"] = 0.5
+        known["a"] = score
+        assert (known["a"], type(known["a"])) == (score, float)
+        assert known.get("b") is None
+        assert list(known) == ["a"]
+        del known["a"]
+        assert (len(known), "a" in known) == (0, False)
 
 
 @pytest.mark.parametrize("forgetful", [lambda: LRUCache(2), lambda: TTLCache(100, ttl=0)], ids=["LRU", "TTL"])
@@ -125,7 +139,7 @@ def test_a_mapping_that_fails_is_a_warning(
             with pytest.warns(RerankCacheWarning) as caught:
                 assert pairs(rank(client, "q", TEXTS).results) == EXPECTED
             assert [str(warning.message) for warning in caught] == [said]
-            assert caplog.messages == [said] * count
+            assert caplog.messages == [f"regolo_rerank: {said}"] * count
             assert {record.levelno for record in caplog.records} == {logging.WARNING}
     assert sent(stub) == dict.fromkeys(TEXTS, 2)
 

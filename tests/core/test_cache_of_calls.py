@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from cachetools import LRUCache
-from diskcache import Cache  # type: ignore[import-untyped]  # it has no types
 
 from regolo_rerank import BadRequestError, RegoloClient, RerankCacheWarning
 from tests.conftest import KEY, Rank
@@ -24,6 +23,7 @@ from tests.support.inside import workers
 from tests.support.many import Many
 from tests.support.notebooks import fresh_kernels, ran
 from tests.support.observed import soon
+from tests.support.stores import SQLITE_SCORES, opened_sqlite
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored
 
 
@@ -246,20 +246,21 @@ def test_a_forked_process_waits_for_nobody(stub: Stub) -> None:
         holds.join()
 
 
-SCRIPT = """
+SCRIPT = f"""
+{SQLITE_SCORES}
 import sys
-from diskcache import Cache
-from regolo_rerank import RegoloClient
+from contextlib import closing
 
-with Cache(sys.argv[1]) as known, RegoloClient("k", base_url=sys.argv[2], cache=known, batch_size=5) as client:
-    response = client.rerank("q", [f"text {number}" for number in range(40)])
+path, url = sys.argv[1:]
+with closing(SQLiteScores(path)) as known, RegoloClient(base_url=url, cache=known, batch_size=5) as client:
+    response = client.rerank("q", [f"text {{number}}" for number in range(40)])
     print([(result.index, result.relevance_score) for result in response.results])
 """
 
 
 def test_processes_share_a_cache_on_disk(stub: Stub, tmp_path: Path) -> None:
-    """Two processes at once use one diskcache, and each has the same ranking as without."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), stub.url]
+    """Two processes at once use one table in SQLite, and each has the same ranking as without."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "scores"), stub.url]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]  # noqa: S603 - our own
     printed = [process.communicate(timeout=30)[0] for process in running]
     with RegoloClient(KEY, base_url=stub.url) as client:
@@ -267,16 +268,14 @@ def test_processes_share_a_cache_on_disk(stub: Stub, tmp_path: Path) -> None:
     assert [json.loads(text.replace("(", "[").replace(")", "]")) for text in printed] == [
         [list(pair) for pair in ranking]
     ] * 2
-    with Cache(str(tmp_path)) as known:
+    with opened_sqlite(tmp_path / "scores") as known:
         assert len(known) == 40
 
 
 CELLS = [
-    """from diskcache import Cache
-from regolo_rerank import RegoloClient
-
-texts = [f"text {number}" for number in range(5)]
-client = RegoloClient(cache=Cache("scores"))""",
+    f"""{SQLITE_SCORES}
+texts = [f"text {{number}}" for number in range(5)]
+client = RegoloClient(cache=SQLiteScores("scores"))""",
     'client.rerank("q", texts).results',
     '(await client.arerank("r", texts)).results',
     '[response.results for response in client.rerank_many([("s", texts), ("t", texts)])]',

@@ -50,7 +50,7 @@ CLASS = pytest.mark.parametrize("name", public_classes())
 def test_the_drawn_hierarchy_is_the_real_one() -> None:
     """The docstring draws every error once, below the class that it inherits from."""
     bases = {name: [base.__name__ for base in error.__bases__] for name, error in public_classes().items()}
-    for warning in ("RerankCacheWarning", "RerankFallbackWarning"):
+    for warning in ("RerankCacheWarning", "RerankFallbackWarning", "RerankSubstituteWarning"):
         assert bases.pop(warning) == ["UserWarning"]
         assert warning in DOCUMENTATION
     assert {line.name: line.bases for line in TREE.values()} == bases

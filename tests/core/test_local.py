@@ -1,16 +1,23 @@
 import asyncio
-import builtins
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from regolo_rerank import InvalidInputError, RegoloClient
-from regolo_rerank._transports.local import answer, lexical_scores
+from regolo_rerank._transports.local import answer
+from regolo_rerank._transports.scorer import embedded_scores
 from tests.conftest import Rank
+from tests.support.inside import forget_word_vectors
 from tests.support.stub import Reply, Stub, pairs
 
 QUERY = "capital of China"
@@ -18,10 +25,11 @@ DOCUMENTS = ["Rome is the capital of Italy.", "Beijing is the capital of China."
 
 
 def test_the_embedded_endpoint_ranks_without_key_and_network(rank: Rank) -> None:
-    """local:// needs nothing and ranks by the words that query and document share."""
+    """local:// needs nothing and ranks by meaning, in words that query and document share or not."""
     response = rank(RegoloClient(base_url="local://"), QUERY, DOCUMENTS)
     assert [result.index for result in response.results] == [1, 0, 3, 2]
-    assert response.results[0].relevance_score == 1.0
+    response = rank(RegoloClient(base_url="local://"), "cheese and tomato on dough", DOCUMENTS)
+    assert response.results[0].document == "pizza"
 
 
 def test_the_environment_may_choose_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +111,10 @@ def test_a_scorer_takes_the_time_it_takes(rank: Rank) -> None:
     ("scorer", "message"),
     [
         (lambda _query, _documents: [1.0], "one finite number a document, gave 1 scores for 3"),
-        (lambda _query, documents: [float("nan") for _ in documents], "one finite number a document"),
+        (
+            lambda _query, _documents: [1.0, float("nan"), 2.0],
+            r"document, gave nan for documents\[1\] of the request",
+        ),
         (lambda _query, documents: ["x" for _ in documents], "it raised ValueError"),
         (lambda _query, _documents: None, "it raised TypeError"),
         (fails, "it raised KeyError: 'weights'"),
@@ -181,15 +192,94 @@ def test_sync_calls_score_in_the_callers_thread() -> None:
     assert threads == [threading.current_thread()]
 
 
-def test_without_rapidfuzz_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lexical scorer names the extra that brings it, and the way round it."""
-    real = builtins.__import__
+@pytest.mark.parametrize(
+    ("query", "documents"),
+    [
+        (QUERY, ["Beijing is the capital of China.", "Rome is the capital of Italy.", "pizza", ""]),
+        (
+            "Qual è la capitale della Cina?",
+            ["Pechino è la capitale della Cina.", "Roma è la capitale d'Italia.", "gatto"],
+        ),
+        ("my car won't start", ["The battery of a vehicle may be flat.", "Sugar turns amber at 170 degrees."]),
+    ],
+)
+def test_meaning_orders_the_scores(query: str, documents: list[str]) -> None:
+    """The nearer in meaning, the higher the score, in English and in Italian."""
+    scores = embedded_scores(query, documents)
+    assert scores == sorted(set(scores), reverse=True)
 
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("rapidfuzz"):
-            raise ImportError(name)
-        return real(name, *rest)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_scores_lie_between_0_and_1_and_a_half_is_the_middle() -> None:
+    """A repeated query scores next to 1, an answer above 0.5, what is about something else below, and nothing 0."""
+    same, answers, other, nothing = embedded_scores(QUERY, [QUERY, DOCUMENTS[1], "how to train a puppy", ""])
+    assert 0.9999 < same <= 1
+    assert nothing == 0 < other < 0.5 < answers < same
+
+
+def test_what_has_no_vector_scores_lowest() -> None:
+    """A text without a token gives no NaN but 0, whichever side it is on."""
+    assert embedded_scores("", DOCUMENTS) == [0.0] * len(DOCUMENTS)
+    assert embedded_scores(QUERY, ["", "\n\n"]) == [0.0, 0.0]
+    assert min(embedded_scores(QUERY, ["pizza", "\x00", "\U0001f937", "x" * 10_000])) > 0
+
+
+def test_a_score_is_of_its_pair_alone() -> None:
+    """As the service's, a score is the same alone, among others and in another order."""
+    together = embedded_scores(QUERY, DOCUMENTS)
+    assert together == [embedded_scores(QUERY, [document])[0] for document in DOCUMENTS]
+    assert together[::-1] == embedded_scores(QUERY, DOCUMENTS[::-1])
+
+
+def test_a_sentence_of_a_long_document_is_found() -> None:
+    """What answers in one sentence of many scores higher than what answers in none."""
+    filling = "The weather was fine and nobody had anything to do. " * 20
+    found, missed = embedded_scores(QUERY, [f"{filling}Beijing is the capital of China. {filling}", filling * 2])
+    assert found > missed + 0.2
+
+
+def test_the_vectors_are_read_once_by_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that score at the same time for the first time wait for one reading."""
+    real, reads = safetensors.numpy.load_file, []
+
+    def load_file(path: Path) -> Any:
+        reads.append(path)
+        return real(path)
+
+    monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
+    forget_word_vectors()
+    with ThreadPoolExecutor(8) as threads:
+        scores = list(threads.map(lambda _: tuple(embedded_scores(QUERY, DOCUMENTS)), range(8)))
+    assert len(reads) == 1
+    assert len(set(scores)) == 1
+
+
+NOTHING_IS_FETCHED = """
+import logging, os, socket, sys
+class Refused(BaseException): "Nobody catches it."
+def refuse(*_, **__): raise Refused
+socket.socket.connect = socket.getaddrinfo = refuse
+before = logging.getLogger().level, list(logging.getLogger().handlers)
+from regolo_rerank import RegoloClient
+assert not {"numpy", "safetensors", "tokenizers"} & sys.modules.keys()
+results = RegoloClient(base_url="local://").rerank("capital of China", ["Rome", "Beijing, capital of China"]).results
+assert [result.index for result in results] == [1, 0]
+assert (logging.getLogger().level, logging.getLogger().handlers) == before
+print(*(name for name in os.listdir(os.environ["HOME"])))
+"""
+
+
+def test_nothing_is_fetched_or_left_behind(tmp_path: Path) -> None:
+    """In a fresh process with an empty home, scoring opens no connection, writes no file and sets up no logging."""
+    environment = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    arguments = [sys.executable, "-W", "error", "-c", NOTHING_IS_FETCHED]
+    ran = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("missing", ["tokenizers", "safetensors.numpy"])
+def test_without_its_packages_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded scorer names the extra that brings it, and the way round it."""
+    forget_word_vectors()
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InvalidInputError, match=r"regolo_rerank\[local\].*scorer"):
-        lexical_scores(QUERY, DOCUMENTS)
+        embedded_scores(QUERY, DOCUMENTS)

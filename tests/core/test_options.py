@@ -66,6 +66,17 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"api_key": f"{KEY} x"}, r"api_key\n  holds a character at position 14 .* got str"),
         ({"api_key": 5}, r"api_key\n  must be a string, got int"),
         ({"apikey": KEY}, r"apikey\n  no such option; did you mean api_key\?, got str"),
+        ({"top_k": 5}, r"top_k\n  no such option; did you mean top_n\?, got int"),
+        ({"k": 5}, r"k\n  no such option; did you mean top_n\?, got int"),
+        ({"model_name": KEY}, r"model_name\n  no such option; did you mean model\?, got str"),
+        ({"cohere_api_key": KEY}, r"cohere_api_key\n  no such option; did you mean api_key\?, got str"),
+        ({"choice_batch_size": 5}, r"choice_batch_size\n  no such option of RegoloClient, got int"),
+        (
+            {"top_n": -1},
+            r"top_n\n  .*; to keep all, set the option to None, or .*, got int",
+        ),
+        ({"api_key": f"Bearer {KEY}"}, r"api_key\n  must be the key alone, without 'Bearer ' in front and"),
+        ({"api_key": f'"{KEY}"'}, r"api_key\n  must be the key alone, without .* quotes around it, got str"),
         ({"zork": KEY}, r"zork\n  no such option of RegoloClient, got str"),
         ({"default_headers": {"Authorization": f"Bearer {KEY}"}}, r"default_headers\n  must not hold Authorization"),
         ({"default_headers": {"Content-Length": "3"}}, r"default_headers\n  must not hold Content-Length"),
@@ -78,7 +89,13 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"extra_body": {"x": float("inf")}}, r"extra_body\n  must be plain JSON"),
         ({"extra_body": {"x": json.loads("[" * 300 + "]" * 300)}}, r"extra_body\n  must be plain JSON"),
         ({"scorer": 5}, r"scorer\n  .* got int"),
-        ({"http_client": "x"}, r"http_client\n  .* got str"),
+        ({"http_client": "x"}, r"http_client\n  must be an httpx\.Client, got str"),
+        ({"http_client": httpx.AsyncClient()}, r"http_client\n  must be an httpx\.Client, got httpx\.AsyncClient"),
+        ({"async_http_client": httpx.Client()}, r"client\n  must be an httpx\.AsyncClient, got httpx\.Client"),
+        (
+            {"http_client": type("Client", (), {"__module__": "httpx2._client"})()},
+            r"http_client\n  must be an httpx\.Client, got httpx2\.Client",
+        ),
     ],
 )
 @pytest.mark.parametrize("how", ["constructor", "model_validate", "assignment", "model_copy"])
@@ -183,7 +200,7 @@ def test_dumps_hold_neither_key_nor_clients() -> None:
     assert RegoloClient.model_validate_json(client.model_dump_json()).model_dump() == dump
 
 
-def test_a_scorer_takes_the_place_of_the_lexical_one(rank: Rank) -> None:
+def test_a_scorer_takes_the_place_of_the_embedded_one(rank: Rank) -> None:
     """A (query, documents) -> scores function scores on local://, pickled ones included."""
     client = pickle.loads(pickle.dumps(RegoloClient(base_url="local://", scorer=brackets)))  # noqa: S301 - our own bytes
     assert [result.index for result in rank(client, "q", ["a", "((", "("]).results] == [1, 2, 0]

@@ -26,6 +26,10 @@ TEMPLATES = {
         ),
         "<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
+    "server_template": (
+        "{query}",
+        "{document}",
+    ),
     "plain": (
         "{query}",
         "{document}",
@@ -70,6 +74,8 @@ def test_what_is_sent_is_the_preset_filled_in(name: Any, instruction: str | None
         "{query}", query
     )
     assert sent.documents == [of_document.replace("{document}", document) for document in documents]
+    in_a_field = (instruction or DEFAULT_INSTRUCTION) if name == "server_template" else None
+    assert sent.json.get("instruction") == in_a_field
     assert [result.document for result in response.results] == documents[::-1]
 
 
@@ -81,6 +87,27 @@ def test_a_format_of_the_users_own_is_sent_filled_in(rank: Rank, stub: Stub) -> 
     (sent,) = stub.received
     assert sent.json["query"] == '{"task": "{query} {}", {0} {{instruction} {query}}'
     assert sent.documents == ["{} {{document}} {other}"]
+
+
+@pytest.mark.parametrize(
+    ("extra_body", "sent"),
+    [(None, {"instruct": "< |x|>"}), ({"instruct": "mine", "user": "u"}, {"instruct": "mine", "user": "u"})],
+)
+def test_the_instruction_goes_into_the_field_that_a_format_names(
+    extra_body: dict[str, Any] | None, sent: dict[str, str], rank: Rank, client: RegoloClient, stub: Stub
+) -> None:
+    """A server's own name for the field is sent, special tokens made harmless, and `extra_body` has the last word."""
+    client.prompt_format = PromptFormat(instruction_field="instruct")
+    rank(client, "q", ["d"], instruction="<|x|>", extra_body=extra_body)
+    assert stub.received[0].json == {"model": client.model, "query": "q", "documents": ["d"], **sent}
+
+
+def test_scores_of_two_tasks_are_not_mixed_up(rank: Rank, client: RegoloClient, stub: Stub) -> None:
+    """The cache knows a pair by its instruction too, where that is in a field of its own."""
+    client.prompt_format, client.cache = "server_template", {}
+    for instruction, requests in (("one", 1), ("two", 1), ("one", 0)):
+        assert rank(client, "q", ["d"], instruction=instruction).usage.requests == requests
+    assert [request.json["instruction"] for request in stub.received] == ["one", "two"]
 
 
 @pytest.mark.parametrize("prompt_format", ESCAPING, ids=repr)
@@ -131,6 +158,9 @@ def test_text_without_a_special_token_is_left_alone(text: str) -> None:
         ({"document": "{document} {instruction}"}, "no placeholder but {document}"),
         ({"query": 7}, "query"),
         ({"documents": "{document}"}, "documents"),
+        ({"query": "{instruction} {query}", "instruction_field": "instruction"}, "not into both"),
+        ({"instruction_field": "query"}, "instruction_field must name a field of its own"),
+        ({"instruction_field": " "}, "instruction_field must name a field of its own"),
     ],
 )
 def test_a_template_without_its_placeholders_is_refused(templates: Any, problem: str) -> None:
@@ -173,7 +203,7 @@ def test_auto_goes_by_the_model_of_the_call(
 
 @pytest.mark.parametrize(("prompt_format", "document"), [("auto", "<|x|>"), ("tagged", "<Document>: < |x|>")])
 def test_auto_is_plain_on_the_embedded_endpoint(prompt_format: Any, document: str, rank: Rank) -> None:
-    """A lexical scorer sees nothing but the caller's words, unless a format is asked for by name."""
+    """The embedded scorer sees nothing but the caller's words, unless a format is asked for by name."""
     seen: list[tuple[str, list[str]]] = []
 
     def scorer(query: str, documents: list[str]) -> list[float]:

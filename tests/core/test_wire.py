@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from regolo_rerank import APIResponseError, APIStatusError, RegoloClient, RegoloError, RerankResponse
-from regolo_rerank._wire.messages import read_error, read_reply
+from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from tests.conftest import KEY, Rank
 from tests.support.exchanges import CLASSES, DOCUMENTS, MODEL, OWN, QUERY, RECORDINGS, Exchange, recorded
 from tests.support.stub import Reply, Stub, results
@@ -265,6 +265,8 @@ def test_the_wait_that_the_server_asks_for(headers: dict[str, str], message: str
         ({"usage": {"prompt_tokens": 5}}, 5),
         ({"meta": {"billed_units": {"total_tokens": 9}, "tokens": {"input_tokens": 8}}}, 9),
         ({"meta": {"tokens": {"input_tokens": 8}}}, 8),
+        ({"meta": {"billed_units": {"input_tokens": 6}}}, 6),
+        ({"meta": {"billed_units": {"total_tokens": 9, "input_tokens": 6}}}, 9),
         ({"usage": {"total_tokens": 0}}, 0),
         ({"usage": {"total_tokens": 7}, "meta": {"tokens": {"input_tokens": 8}}}, 7),
         ({"usage": {"total_tokens": None}, "meta": {"tokens": {"input_tokens": 8}}}, 8),
@@ -419,3 +421,19 @@ def test_a_200_with_an_empty_error_says_that_it_has_one() -> None:
 def test_without_a_key_nothing_is_masked(secret: SecretStr | None) -> None:
     """Where no key was sent, the server's words stay as they are."""
     assert str(read_error(401, b"no key passed in", httpx.Headers(), secret)) == "no key passed in [HTTP 401]"
+
+
+@pytest.mark.parametrize(
+    ("problem", "characters", "tokens"),
+    [
+        ("This model's maximum context length is 40960 tokens. However, ...", 81_920, 40_960),
+        ("the prompt is over the context length", 8_192, 4_096),
+        ("context length is 99999999999999999999", 1_999_999_998, 999_999_999),
+    ],
+)
+def test_what_is_too_long_is_told_with_numbers_to_start_from(problem: str, characters: int, tokens: int) -> None:
+    """The numbers follow the limit that the server names, and are those of a small model where it names none."""
+    advice = advise_on_length(problem, 3, 50_000)
+    assert "documents[3] with 50000 characters" in advice
+    assert f"max_document_chars={characters}" in advice
+    assert f'extra_body={{"truncate_prompt_tokens": {tokens}}}' in advice

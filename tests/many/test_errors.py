@@ -20,7 +20,7 @@ from tests.support.stub import Stub
 BAD_PAIRS: dict[str, tuple[Any, str]] = {
     "a number": (1, r"pairs\[2\]: must be \(query, documents\), got int"),
     "a string of two": ("ab", r"pairs\[2\]: must be \(query, documents\), got str"),
-    "a triple": (("a", ["b"], ["c"]), r"pairs\[2\]: must be \(query, documents\), got "),
+    "a triple": (("a", ["b"], ["c"]), r"pairs\[2\]: must be \(query, documents\), got tuple of 3$"),
     "nothing": (None, r"pairs\[2\]: must be \(query, documents\), got NoneType"),
     "a dict": ({"query": "a", "documents": ["b"]}, r"pairs\[2\]: must be \(query, documents\), got dict"),
     "a blank query": ((" ", ["b"]), r"pairs\[2\]: query: must not be blank"),

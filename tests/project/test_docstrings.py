@@ -1,4 +1,5 @@
 import ast
+import doctest
 import inspect
 import re
 import textwrap
@@ -10,7 +11,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from regolo_rerank import RegoloError
+from regolo_rerank.evaluation import evaluate, example_queries
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from regolo_rerank.plot import evaluation_summary, rank_changes
 from tests.support.public import (
     CLASSES,
     OPTIONS,
@@ -26,6 +29,7 @@ Kind = griffe.DocstringSectionKind
 
 METHODS = [pytest.param(cls, method, id=method.__qualname__) for cls in CLASSES for method in methods_of(cls).values()]
 ERRORS = {cls.__name__ for cls in PUBLIC if issubclass(cls, RegoloError)} | {f"pydantic.{ValidationError.__name__}"}
+FUNCTIONS = [evaluate, example_queries, evaluation_summary, rank_changes]
 UNITS = ("second", "byte", "character", "document", "result", "request", "attempt", "score")
 
 
@@ -89,3 +93,22 @@ def test_a_number_has_a_unit() -> None:
     assert len(numbers) >= 9
     descriptions = descriptions_of(LangChainRerank)
     assert [name for name in numbers if not any(unit in descriptions[name].lower() for unit in UNITS)] == []
+
+
+@pytest.mark.parametrize("thing", [*[method for cls in CLASSES for method in methods_of(cls).values()], *FUNCTIONS])
+def test_what_is_returned_is_told_in_a_sentence(thing: FunctionType) -> None:
+    """No words before a colon are taken for a type on the API page, which has the type from the signature."""
+    docstring = griffe.Docstring(inspect.getdoc(thing) or "")
+    sections = docstring.parse("google", returns_multiple_items=False, returns_named_value=False, warnings=False)
+    returned = [item for section in sections if section.kind is Kind.returns for item in section.value]
+    assert [item.annotation for item in returned if item.annotation is not None] == []
+
+
+@pytest.mark.parametrize("thing", [*CLASSES, *FUNCTIONS])
+def test_examples_are_true(thing: Any) -> None:
+    """Each example gives what it says, in a section that the API page shows as code."""
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(thing, thing.__name__):
+        assert bool(test.examples) == bool(re.search("^ *Examples:$", test.docstring or "", re.MULTILINE)), test.name
+        runner.run(test)
+    assert not runner.summarize(verbose=False).failed

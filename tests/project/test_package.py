@@ -1,11 +1,17 @@
+import importlib
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
+from email.parser import BytesParser
+from email.policy import default
 from pathlib import Path
 
 import pytest
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
 import regolo_rerank
 
@@ -22,7 +28,8 @@ try:
     RegoloClient(base_url="local://").rerank("q", ["a"])
 except InvalidInputError as error:
     assert "regolo_rerank[local]" in str(error)
-for module, extra in (("langchain", "langchain"), ("llama_index", "llama-index"), ("plot", "plot")):
+extras = {"langchain": "langchain", "llama_index": "llama-index", "plot": "plot", "evaluation": "evaluate"}
+for module, extra in extras.items():
     try:
         __import__(f"regolo_rerank.{module}")
     except ImportError as error:
@@ -56,8 +63,33 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     modules = (ROOT / "regolo_rerank").rglob("*.py")
-    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | {"regolo_rerank/py.typed"}
+    data = {"regolo_rerank/py.typed", "regolo_rerank/_examples/stdlib_questions.jsonl"}
+    assert packaged == {path.relative_to(ROOT).as_posix() for path in modules} | data
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_says_what_indexes_show(wheel: Path) -> None:
+    """Authors, keywords, addresses and a page whose links all work where there is no repository beside it."""
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = BytesParser(policy=default).parsebytes(archive.read(path))
+    assert metadata["Author"] in (ROOT / "LICENSE").read_text("utf-8")
+    assert {"langchain", "llama-index", "reranker"} <= set(metadata["Keywords"].split(","))
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
+    assert addresses.keys() == {"Rerank API", "Rerankers in LangChain", "Rerankers in LlamaIndex"}
+    page = str(metadata.get_payload())
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert [link for link in [*links, *addresses.values()] if not link.startswith("https://")] == []
+    assert links
+    assert page.count("\n") == (ROOT / "README.md").read_text("utf-8").count("\n")
+
+
+def test_llama_hub_finds_the_class() -> None:
+    """What LlamaHub is told to import is there, and is what it takes for a node postprocessor."""
+    hub = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["llamahub"]
+    module = importlib.import_module(hub["import_path"])
+    assert hub["class_authors"].keys() == {"RegoloRerank"}
+    assert issubclass(module.RegoloRerank, BaseNodePostprocessor)
 
 
 def test_the_wheel_works_without_extras(wheel: Path, tmp_path: Path) -> None:
@@ -84,5 +116,7 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
     for name in regolo_rerank.__all__:
         assert getattr(regolo_rerank, name) is not None
     assert dir(regolo_rerank) == sorted(regolo_rerank.__all__)
+    with pytest.raises(ImportError, match=r"in regolo_rerank\.langchain, and in regolo_rerank\.llama_index"):
+        exec("from regolo_rerank import RegoloRerank")  # noqa: S102 - a type checker refuses it too
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = regolo_rerank.Nonsense

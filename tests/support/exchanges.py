@@ -66,7 +66,7 @@ class Exchange:
 
     @property
     def is_ranking(self) -> bool:
-        if self.status != 200:
+        if self.status != 200 or self.headers.get("x-litellm-attempted-fallbacks", "0") != "0":
             return False
         results = json.loads(self.reply).get("results")
         return bool(results) and None not in [result["relevance_score"] for result in results]
@@ -217,6 +217,13 @@ OWN: Final = [
         reply=_error("<html>not json</html>. Received Model Group=backend-200", "200"),
         headers=_JSON | {"x-litellm-call-id": "2d8a3e74-7e2b-4f2c-9b2a-5c3b8b2e9c33"},
         message="<html>not json</html>. Received Model Group=backend-200",
+    ),
+    Exchange(
+        "answered_by_another_model",
+        request=_request(),
+        headers=_JSON | {"x-litellm-model-group": "other-reranker", "x-litellm-attempted-fallbacks": "1"},
+        reply=_ALL_RESULTS,
+        message="'Qwen3-Reranker-4B' was asked for, and 'other-reranker' has answered in its place",
     ),
     Exchange("null_in_a_200", request=_request(), reply='{"id":"x","results":null,"meta":null}'),
     Exchange("nothing_in_a_200", request=_request(), reply='{"id":"x","results":[],"meta":null}'),

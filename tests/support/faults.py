@@ -9,13 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, Self
 
 from tests.support.stub import score
 
-Fault = Callable[[socket.socket, dict[str, Any]], None]
-"""Answers one request (its connection, its JSON) in a wrong way; the connection is closed afterwards."""
+Fault = Callable[[socket.socket, dict[str, Any]], object]
+"""Answers one request (its connection, its JSON) in a wrong way; then it is closed, unless that gives True."""
 
 
 def http(body: bytes, status: int = 200, **headers: str) -> bytes:
@@ -35,9 +37,10 @@ def ranking(request: dict[str, Any]) -> dict[str, Any]:
     return {"id": "fault-1", "results": ranked[: request.get("top_n")], "meta": None}
 
 
-def good(connection: socket.socket, request: dict[str, Any]) -> None:
+def good(connection: socket.socket, request: dict[str, Any]) -> bool:
     """Answer as the service does, and keep the connection."""
     connection.sendall(http(json.dumps(ranking(request)).encode(), connection="keep-alive"))
+    return True
 
 
 def sends(data: bytes, *, then_reset: bool = False) -> Fault:
@@ -161,35 +164,26 @@ class FaultServer:
 
     def _serve(self, connection: socket.socket) -> None:
         self._open.add(connection)
-        with suppress(OSError), connection:
-            while (request := _read(connection)) is not None:
+        with suppress(OSError), connection, connection.makefile("rb") as incoming:
+            while (request := _read(incoming)) is not None:
                 with self._lock:
                     self.received.append(request)
                     self.at_once += 1
                     fault = self._script.popleft() if self._script else self._usual
                 try:
-                    fault(connection, request)
+                    keeps = fault(connection, request)
                 finally:
                     with self._lock:
                         self.at_once -= 1
-                if fault is not good:
+                if keeps is not True:
                     connection.shutdown(socket.SHUT_WR)
                     break
         self._open.discard(connection)
 
 
-def _read(connection: socket.socket) -> dict[str, Any] | None:
+def _read(incoming: BufferedReader) -> dict[str, Any] | None:
     """Read one request; None where the client has hung up."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        if not (more := connection.recv(65_536)):
-            return None
-        data += more
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    while len(body) < length:
-        if not (more := connection.recv(65_536)):
-            return None
-        body += more
-    request: dict[str, Any] = json.loads(body)
-    return request
+    head = [line.lower() for line in takewhile(bytes.strip, incoming)]
+    length = next((int(line[15:]) for line in head if line.startswith(b"content-length:")), None)
+    body = incoming.read(length or 0)
+    return json.loads(body) if len(body) == length else None

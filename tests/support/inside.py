@@ -4,15 +4,18 @@ Unit tests whose subject is a module of the inside import that module by themsel
 """
 
 import asyncio
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regolo_rerank._cli import output
 from regolo_rerank._cli.main import main
 from regolo_rerank._core import queue, retry
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._transports import clients
+from regolo_rerank._transports import clients, scorer
 from regolo_rerank._transports.local import answer
 from regolo_rerank._wire import body
 
@@ -25,6 +28,8 @@ __all__ = [
     "connections_of",
     "forget_certificates",
     "forget_refusals_after",
+    "forget_word_vectors",
+    "hide_word_vectors",
     "http_settings_of",
     "is_worker",
     "limit_pictures_to",
@@ -33,6 +38,7 @@ __all__ = [
     "pools_of",
     "private_state_of",
     "refusal_of",
+    "watch_bulk_files",
     "workers",
     "write_labels",
 ]
@@ -103,6 +109,19 @@ def write_labels(axes: Any, texts: list[str], size: float) -> None:
     plot._label(axes, texts, size)
 
 
+def watch_bulk_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that grows by a path for each line that `bulk` writes."""
+    written: list[Path] = []
+    add = output._File.add
+
+    def add_and_tell(file: output._File, line: bytes) -> None:
+        written.append(file.path)
+        add(file, line)
+
+    monkeypatch.setattr(output._File, "add", add_and_tell)
+    return written
+
+
 # --- what a test changes ----------------------------------------------------------------------------------------------
 
 
@@ -128,6 +147,17 @@ def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "_ssl_context", clients._ssl_context.__wrapped__)
 
 
+def forget_word_vectors() -> None:
+    """Let the embedded scorer be asked as if for the first time."""
+    scorer._model.cache_clear()
+
+
+def hide_word_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the embedded scorer be asked for the first time, where what it needs is not installed."""
+    forget_word_vectors()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+
 def limit_pictures_to(inches: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no picture of a ranking taller than that."""
     monkeypatch.setattr("regolo_rerank.plot._TALLEST", inches)
@@ -139,4 +169,4 @@ def break_run_outputs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("regolo_rerank.langchain._outputs", fail)
+    monkeypatch.setattr("regolo_rerank.langchain._tell_outputs", fail)

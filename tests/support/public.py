@@ -11,7 +11,7 @@ from typing import Any, is_typeddict
 from pydantic import BaseModel
 
 import regolo_rerank
-from regolo_rerank import APIResponseError, APIStatusError, langchain, llama_index
+from regolo_rerank import APIResponseError, APIStatusError, evaluation, langchain, llama_index
 
 
 def is_ours(thing: Any) -> bool:
@@ -59,6 +59,7 @@ PUBLIC: list[type] = [
     *(getattr(regolo_rerank, name) for name in regolo_rerank.__all__ if name != "__version__"),
     *(langchain.RegoloRerank, langchain.Candidates, langchain.RankedIndex),
     *(llama_index.RegoloRerank, llama_index.RegoloReRankEndEvent),
+    *(each for each in vars(evaluation).values() if isinstance(each, type) and each.__name__ in evaluation.__all__),
 ]
 
 OPTIONS = {

@@ -146,6 +146,10 @@ class Stub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Accept nobody any more."""
         self._server.shutdown()
         self._server.server_close()
 

@@ -26,6 +26,7 @@ TEXTS = ["a score=0.1", "b score=0.9", "c score=0.5"]
 USAGES: dict[str, dict[str, Any]] = {
     "usage": {"usage": {"prompt_tokens": 5, "total_tokens": 7}},
     "prompt tokens": {"usage": {"prompt_tokens": 7}},
+    "billed input": {"meta": {"billed_units": {"input_tokens": 7}}},
     "billed units": {"meta": {"billed_units": {"total_tokens": 7}, "tokens": {"input_tokens": 5}}},
     "meta tokens": {"meta": {"tokens": {"input_tokens": 7}}},
 }
@@ -146,14 +147,15 @@ def scored_with(request: Received, **fields: Any) -> dict[str, Any]:
 
 
 def telling(request: Received) -> Reply:
-    """Answer as the service does, with seven tokens for each request and a name for it."""
-    return Reply(scored_with(request, id="r-1", **USAGES["usage"]), headers={"x-litellm-call-id": "call-1"})
+    """Answer as the service does, with seven tokens and a price for each request, and a name for it."""
+    headers = {"x-litellm-call-id": "call-1", "x-litellm-response-cost": "0.25"}
+    return Reply(scored_with(request, id="r-1", **USAGES["usage"]), headers=headers)
 
 
 TOLD = {
     "response_id": "r-1",
     "request_ids": ["call-1", "call-1"],
-    "usage": {"total_tokens": 14, "requests": 2},
+    "usage": {"total_tokens": 14, "requests": 2, "cost": 0.5},
     "fallback": False,
     "error": None,
 }

@@ -8,7 +8,7 @@ import httpx
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnableParallel, RunnablePassthrough
+from langchain_core.runnables import RunnableParallel, RunnablePassthrough, RunnableSerializable
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -46,12 +46,17 @@ def with_the_client(texts: list[str]) -> RerankResponse:
     assert_type(response, RerankResponse)
     assert_type(response.id, str | None)
     assert_type(response.results, list[RerankResult])
+    assert_type(response[0], RerankResult)
+    assert_type(response[:2], list[RerankResult])
+    assert_type([result.index for result in response], list[int])
     assert_type(response.results[0].index, int)
     assert_type(response.results[0].relevance_score, float)
     assert_type(response.results[0].document, str)
     assert_type(response.usage, Usage)
     assert_type(response.usage.total_tokens, int | None)
     assert_type(response.usage.requests, int)
+    assert_type(response.usage.cost, float | None)
+    assert_type(response.model, str | None)
     assert_type(response.request_ids, list[str])
     assert_type(response.meta, Any)
     assert_type(rank_changes(texts, response, labels=texts), Picture)
@@ -158,7 +163,7 @@ def with_langchain(retriever: BaseRetriever) -> list[Document]:
     assert_type(ranking[0]["relevance_score"], float)
 
     step = reranker.as_runnable()
-    assert_type(step, Runnable[Candidates | dict[str, Any], list[Document]])
+    assert_type(step, RunnableSerializable[Candidates | dict[str, Any], list[Document]])
     candidates: Candidates = {"query": QUERY, "documents": found}
     assert_type(step.invoke(candidates), list[Document])
     assert_type(step.batch([{"query": QUERY, "documents": found}]), list[list[Document]])

@@ -17,6 +17,9 @@ import pytest
 
 from tests.support.stub import Stub, scored
 
+OPEN: Final = "sk-open-0"
+"""A key without limits."""
+
 WINDOW: Final = 3
 """Seconds of the gateway's rate limits, a minute by default."""
 

@@ -14,7 +14,7 @@ from regolo_rerank import AuthenticationError, BadRequestError, RateLimitError, 
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.conftest import Rank
-from tests.external.gateway.conftest import WINDOW, Gateway
+from tests.external.gateway.conftest import OPEN, WINDOW, Gateway
 from tests.support.stub import Reply, Stub, error, pairs, scored
 
 if importlib.util.find_spec("litellm") is None:
@@ -22,7 +22,6 @@ if importlib.util.find_spec("litellm") is None:
 
 pytestmark = pytest.mark.timeout(180)  # the first test waits for the gateway to start
 
-OPEN = "sk-open-0"
 QUERY = "Qual è la capitale della Cina? 中国的首都"
 TEXTS = ["Rome\nis in Italy", "Beijing 北京 🐉", "pizza", 'a "quoted" {brace} \\n', "pizza", "torta \x00 dolce"]
 MANY = [f"document {number}" for number in range(1000)]

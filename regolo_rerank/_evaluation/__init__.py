@@ -1,0 +1,1 @@
+"""What `regolo_rerank.evaluation` is made of."""
