@@ -97,7 +97,9 @@ def rank_changes(
     names = [item.text for item in candidates] if labels is None else check_documents(labels, str, name="labels")
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: must be one for each candidate, got {len(names)} for {len(candidates)}")
-    return _draw_picture([_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)
+    return _draw_picture(
+        [_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept
+    )
 
 
 def _list(items: Iterable[Any], name: str) -> list[Any]:

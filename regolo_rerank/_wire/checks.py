@@ -113,15 +113,16 @@ def check_text(text: str) -> str:
 
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return further fields of a request that are plain JSON."""
+    """Return a copy of further fields of a request, which are plain JSON."""
     if ours := fields.keys() & API_FIELDS:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
-        to_json(fields)
+        text = json.dumps(fields, allow_nan=False, ensure_ascii=False)
+        copied: dict[str, Any] = json.loads(text.encode())
+        to_json(copied)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be plain JSON: {error}") from None
-    return fields
+    return copied
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -133,6 +134,8 @@ def check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
     for name, value in headers.items():
         if name.lower() in {"authorization", "proxy-authorization"}:
             raise ValueError(f"must not hold {name}; a key goes into api_key")
+        if name.lower() in {"content-length", "transfer-encoding"}:
+            raise ValueError(f"must not hold {name}, which says where a request ends")
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
     return headers
