@@ -186,7 +186,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     """The line says which extra to install."""
     monkeypatch.chdir(tmp_path)
-    ours = ("evaluation", "_evaluation", "plot", "_display.evaluation_picture", "_display.picture")
+    ours = ("evaluation", "_evaluation", "plot", "_evaluation.picture", "_display.picture")
     for name in list(sys.modules):
         if name.startswith(tuple(f"regolo_rerank.{each}" for each in ours)):
             monkeypatch.delitem(sys.modules, name)
