@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -269,7 +269,10 @@ def _check_pairs(pairs: object, *kinds: type) -> None:
 
 
 def _count(pairs: object) -> int | None:
-    return len(pairs) if isinstance(pairs, Sized) else None
+    try:
+        return len(pairs)  # type: ignore[arg-type]  # where it has a length
+    except Exception:  # noqa: BLE001 - tqdm around a generator, or a dataset, has one that raises
+        return None
 
 
 class _SourceError(Exception):

@@ -6,7 +6,7 @@ argument of a single call is checked by the option that it stands in for.
 
 import os
 from collections.abc import Mapping, MutableMapping
-from copy import copy, deepcopy
+from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import httpx
@@ -113,7 +113,7 @@ class Options(BaseModel):
     """Further attempts after the first, at least 0, for one request."""
 
     max_retry_seconds: Annotated[Seconds, Field(ge=0)] = 90.0
-    """Seconds from a request's first sending after which no further attempt starts."""
+    """Seconds, from when a request could first be sent, after which no further attempt starts."""
 
     batch_size: Count = 100
     """Documents in one request at most."""
@@ -244,9 +244,10 @@ class Options(BaseModel):
         """
         settings = copy(self)
         changes = {name: value for name, value in arguments.items() if value is not None}
-        if self.extra_body is not None:
+        for name in ("default_headers", "extra_body"):
             # A dict can be changed in place, past every check, and while the call is under way.
-            changes["extra_body"] = deepcopy(changes.get("extra_body", self.extra_body))
+            if (value := getattr(self, name)) is not None:
+                changes.setdefault(name, value)
         problem = _assign(settings, changes)
         if problem is None:
             return settings

@@ -13,8 +13,8 @@ try:
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
     from matplotlib.lines import Line2D
 
-    from regolo_rerank._display.evaluation_picture import evaluation_summary
     from regolo_rerank._display.picture import Picture
+    from regolo_rerank._evaluation.picture import evaluation_summary
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
@@ -97,7 +97,9 @@ def rank_changes(
     names = [item.text for item in candidates] if labels is None else check_documents(labels, str, name="labels")
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: must be one for each candidate, got {len(names)} for {len(candidates)}")
-    return _draw_picture([_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept)
+    return _draw_picture(
+        [_LEFT_TO_RIGHT + clip(harmless(name), _LABEL_COLUMNS) + _LEFT_TO_RIGHT for name in names], kept
+    )
 
 
 def _list(items: Iterable[Any], name: str) -> list[Any]:

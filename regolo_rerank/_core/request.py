@@ -63,7 +63,9 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
             reply: Reply = yield call.config.request(call.plan.encode(job.batch))
             call.accept(job.batch, *reply, retry.sent)
         except Exception as error:  # noqa: BLE001 - what is not of httpx is raised again
-            failure = translate_error(error, call.config.endpoint.url, call.config.key)
+            timeout = call.config.timeout
+            left = None if timeout is None else 0.9 * timeout - (time.monotonic() - sent_at)  # clocks are not exact
+            failure = translate_error(error, call.config.endpoint.url, call.config.key, left)
         else:
             hold.request_seconds = time.monotonic() - sent_at
             queue.note_answer()

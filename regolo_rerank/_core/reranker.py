@@ -16,7 +16,7 @@ from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.clients import Clients
 from regolo_rerank._transports.spread import Done
 from regolo_rerank._version import __version__
-from regolo_rerank.errors import ends_here
+from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.options import Options
 from regolo_rerank.results import RerankResponse
 
@@ -53,6 +53,12 @@ class Reranker(Options):
         return self.http_client or self._clients.client(config.endpoint)
 
     def _async_client_for(self, config: RequestConfig) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise InvalidInputError(
+                "async calls need asyncio's event loop, and none is running, as under trio"
+            ) from None
         client = self.async_http_client
         return self._clients.loop_client(config.endpoint) if client is None else nullcontext(client)
 

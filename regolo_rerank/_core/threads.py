@@ -13,7 +13,6 @@ from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
 from regolo_rerank._transports.spread import DONE_EXTENSION
 from regolo_rerank._wire.body import READ, ReplyBody
-from regolo_rerank.errors import APIConnectionError
 
 __all__ = ["finish", "finish_in_order"]
 
@@ -63,7 +62,7 @@ def _is_done(call: Call[threading.Event] | Exception) -> bool:
 
 
 class _Threads:
-    """The threads that send a queue's batches; the caller's own where there may be only one."""
+    """The threads that send a queue's batches; the caller's own where there may be only one, or no other starts."""
 
     def __init__(self, queue: WorkQueue[threading.Event], client: httpx.Client) -> None:
         self._queue = queue
@@ -79,18 +78,18 @@ class _Threads:
 
     def start(self) -> None:
         """Start as many workers as there is room and work for."""
-        workers = self._queue.add_workers()
-        if workers and self._queue.max_workers == 1:
-            self._work()
-            return
+        for _ in range(self._queue.add_workers()):
+            if self._queue.max_workers == 1 or not self._start_thread():
+                self._work()
+
+    def _start_thread(self) -> bool:
+        # A daemon, so that Ctrl-C ends the process at once; in a copy of the context, so that traces nest.
+        thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True, name="regolo_rerank")
         try:
-            for _ in range(workers):
-                # Daemons, so that Ctrl-C ends the process at once; each in a copy of the context, so that traces nest.
-                threading.Thread(
-                    target=copy_context().run, args=(self._work,), daemon=True, name="regolo_rerank"
-                ).start()
-        except RuntimeError as error:
-            raise APIConnectionError(f"no thread for a request: {error}; lower max_concurrency") from error
+            thread.start()
+        except RuntimeError:  # the system has none left
+            return False
+        return True
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -26,12 +26,12 @@ def progress(total: int | None, *, unit: str, initial: int = 0, shown: bool = Tr
         total: How many things there are; None where nobody knows.
         unit: What one of them is called; "B" for bytes, which are shown in thousands and millions.
         initial: How many of them were done before.
-        shown: Whether there is a bar at all. Where nobody sees it, as in a log file, there is none either.
+        shown: Whether there is a bar at all. Where nobody sees it, as in a log file or a service, there is none either.
 
     Raises:
         InvalidInputError: tqdm is not installed.
     """
-    if not shown:
+    if not shown or sys.stderr is None:
         yield lambda *_: None
         return
     try:

@@ -12,9 +12,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from regolo_rerank._wire.endpoint import read_base_url
 from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.prompts import API_FIELDS
 
 __all__ = [
-    "API_FIELDS",
     "API_KEY_VARIABLE",
     "advise",
     "check_base_url",
@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
 
-API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
 """The fields of a request that the API names, each of them an argument here."""
 
 
@@ -113,15 +112,16 @@ def check_text(text: str) -> str:
 
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return further fields of a request that are plain JSON."""
+    """Return a copy of further fields of a request, which are plain JSON."""
     if ours := fields.keys() & API_FIELDS:
         raise ValueError(f"must not hold {', '.join(sorted(ours))}; pass it as the argument of that name")
     try:
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
-        to_json(fields)
+        text = json.dumps(fields, allow_nan=False, ensure_ascii=False)
+        copied: dict[str, Any] = json.loads(text.encode())
+        to_json(copied)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be plain JSON: {error}") from None
-    return fields
+    return copied
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -133,6 +133,8 @@ def check_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
     for name, value in headers.items():
         if name.lower() in {"authorization", "proxy-authorization"}:
             raise ValueError(f"must not hold {name}; a key goes into api_key")
+        if name.lower() in {"content-length", "transfer-encoding"}:
+            raise ValueError(f"must not hold {name}, which says where a request ends")
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError("must be printable ASCII, names without spaces, values without spaces around them")
     return headers

@@ -17,20 +17,25 @@ _BELOW: Final = {"aiohttp", "anyio", "h11", "httpcore"}
 _log = logging.getLogger("regolo_rerank")
 
 
-def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) -> RegoloError:
+def translate_error(
+    error: Exception, url: httpx.URL, secret: SecretStr | None, seconds_left: float | None
+) -> RegoloError:
     """Return this package's error for what went wrong with a request.
 
     Args:
         error: What was raised; what is safe to log of an error of httpx becomes the cause of ours.
         url: Where the request went.
         secret: The API key; where the server quotes it, "***" is shown.
+        seconds_left: Of the timeout; None where the client has its own.
 
     Raises:
         Exception: The error itself, where it is neither of httpx nor of what lies below it: a mistake in a hook of the
-            caller's client, say.
+            caller's client, say, or a timeout that a signal handler of the caller's has raised.
     """
     if isinstance(error, RegoloError):
         return error.with_traceback(None)
+    if mine := _find_callers_timeout(error, seconds_left):
+        raise mine from None
     host, words = url.netloc.decode(), mask(str(error), secret)
     from_below = _is_from_below(error)
     failure: RegoloError
@@ -52,6 +57,21 @@ def translate_error(error: Exception, url: httpx.URL, secret: SecretStr | None) 
     failure.__cause__ = None if from_below else error  # what else those hold is not known
     _log.debug("%s has not answered: %s", url, failure)
     return failure
+
+
+def _find_callers_timeout(error: Exception, seconds_left: float | None) -> TimeoutError | None:
+    """Return the TimeoutError that somebody else has raised, where that is what it is: for a socket's it is too early.
+
+    A signal handler raises in the middle of a read, and httpcore takes that for the read's own.
+    """
+    origin: BaseException | None = error
+    if isinstance(error, httpx.TimeoutException) and seconds_left is not None:
+        origin = error.__cause__
+        while origin is not None and _is_from_below(origin):
+            origin = origin.__cause__ or origin.__context__
+    early = seconds_left is None or seconds_left > 0
+    # With a number, it is the operating system's.
+    return origin if isinstance(origin, TimeoutError) and early and origin.errno is None else None
 
 
 def _is_from_below(error: BaseException) -> bool:

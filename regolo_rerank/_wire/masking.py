@@ -1,20 +1,39 @@
 """The API key, where a server quotes it: "***" is shown."""
 
 import json
-from typing import Any
+import re
+from typing import Any, Final
 
 from pydantic import SecretStr
 
 from regolo_rerank._wire.messages import repair
 
-__all__ = ["clean", "mask", "spell"]
+__all__ = ["clean", "mask", "mask_all", "spell"]
+
+
+_SHORT: Final = 8
+"""Characters from which on no word holds a key by chance."""
 
 
 def mask(text: str, secret: SecretStr | None) -> str:
-    """Return a text in which the key, where it is quoted, is "***"."""
+    """Return a text in which the key, where it is quoted, is "***"; a short one, such as "1", only as a whole word."""
     for quoted in spell(secret):
-        text = text.replace(quoted, "***")
+        if len(quoted) < _SHORT:
+            text = re.sub(rf"(?<!\w){re.escape(quoted)}(?!\w)", "***", text)
+        else:
+            text = text.replace(quoted, "***")
     return text
+
+
+def mask_all(value: Any, secret: SecretStr) -> Any:
+    """Return JSON in whose strings the key is "***"."""
+    if isinstance(value, str):
+        return mask(value, secret)
+    if isinstance(value, list):
+        return [mask_all(item, secret) for item in value]
+    if isinstance(value, dict):
+        return {mask(key, secret): mask_all(item, secret) for key, item in value.items()}
+    return value
 
 
 def clean(value: Any, secret: SecretStr | None) -> str | None:

@@ -13,7 +13,7 @@ import httpx
 from pydantic import SecretStr, ValidationError
 
 from regolo_rerank._wire.checks import API_KEY_VARIABLE
-from regolo_rerank._wire.masking import clean, mask, spell
+from regolo_rerank._wire.masking import clean, mask, mask_all, spell
 from regolo_rerank._wire.messages import Reply
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
@@ -127,20 +127,20 @@ def _advise(status_code: int, secret: SecretStr | None, url: httpx.URL | None) -
 
 def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:
     """Return a body as text, clipped, and what it says of an error, both without the key."""
-    text = mask(body.decode("utf-8", "replace"), secret)
+    text = body.decode("utf-8", "replace")
     try:
         details = _find_error(json.loads(text))
     except (ValueError, RecursionError):
         details = {}
-    return text[:_CLIP], {name: clean(details.get(name), secret) for name in ("message", "code", "type")}
+    shown = {name: clean(details.get(name), secret) for name in ("message", "code", "type")}
+    return mask(text, secret)[:_CLIP], shown
 
 
 def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
     """Return a reply that does not quote the key in what callers see of it."""
     if not any(quoted.encode() in body for quoted in spell(secret)):
         return reply
-    seen = {"id": reply.id, "model": reply.model, "meta": reply.meta}
-    return reply.model_copy(update=json.loads(mask(json.dumps(seen), secret)))
+    return reply.model_copy(update={name: mask_all(getattr(reply, name), secret) for name in ("id", "model", "meta")})
 
 
 def _find_error(reply: Any) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 import asyncio
 import itertools
+import signal
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -10,13 +13,16 @@ from regolo_rerank import (
     APIResponseError,
     APIStatusError,
     APITimeoutError,
+    BadRequestError,
     NotFoundError,
     RegoloClient,
     RegoloError,
+    RerankResponse,
 )
 from tests.conftest import KEY, Rank
+from tests.support.faults import FaultServer, stalls
 from tests.support.inside import allow_replies_of, is_worker
-from tests.support.stub import Reply, Stub, results, scored, texts
+from tests.support.stub import Reply, Stub, error, pairs, results, scored, texts
 
 
 def test_nothing_at_the_address_names_the_address(rank: Rank, client: RegoloClient, stub: Stub) -> None:
@@ -101,21 +107,75 @@ def test_the_callers_own_exceptions_are_left_alone(rank: Rank) -> None:
         assert traceback.tb_next.tb_frame.f_locals["precious"] == "kept"
 
 
-def test_a_thread_that_cannot_start_is_an_error_of_ours(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the machine has no more threads, nothing more is sent, and the error says what to lower."""
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize("return_exceptions", [True, False])
+def test_where_no_thread_starts_the_callers_own_does_the_work(
+    client: RegoloClient, monkeypatch: pytest.MonkeyPatch, left: int, *, return_exceptions: bool
+) -> None:
+    """On a machine that has a few threads left, or none, a call takes longer, and nothing fails."""
     real, started = threading.Thread.start, itertools.count()
 
     def start(thread: threading.Thread) -> None:
-        if is_worker(thread) and next(started) == 2:
+        if is_worker(thread) and next(started) >= left:
             raise RuntimeError("can't start new thread")
         real(thread)
 
-    stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(APIConnectionError, match="can't start new thread; lower max_concurrency"):
-        RegoloClient(KEY, base_url=stub.url, batch_size=1).rerank("q", texts(20))
-    time.sleep(0.3)
-    assert len(stub.received) <= 2
+    client.batch_size = 1
+    expected = pairs(client.rerank("q", texts(9)).results)
+    assert [index for index, _ in expected] == list(range(8, -1, -1))
+    source = [("q", texts(9))] * 9
+    ranked: Any = client.rerank_many(source, return_exceptions=return_exceptions)
+    assert [pairs(response.results) for response in ranked] == [expected] * 9
+
+
+def test_a_call_that_fails_in_the_callers_own_thread_stops_there(
+    client: RegoloClient, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without threads too, a pair that fails is an error in its place, and the first error of a call is the last."""
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if is_worker(thread):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    stub.reply = lambda request: error("no", 400) if "document 1" in request.documents[0] else scored(request)
+    client.batch_size = 1
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", start)
+        with pytest.raises(BadRequestError):
+            client.rerank("q", texts(9))
+        assert len(stub.received) == 2
+        ranked: Any = client.rerank_many([("q", ["a"]), ("q", texts(2)), ("q", ["b"])], return_exceptions=True)
+        kinds = [type(outcome) for outcome in ranked]
+    assert kinds == [RerankResponse, BadRequestError, RerankResponse]
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in the main thread after some seconds, as callers do to bound what they call."""
+
+    def handler(*_: object) -> None:
+        raise TimeoutError("mine")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"], ids=["head", "body"])
+def test_a_timeout_of_the_callers_own_is_the_callers(size: int, reply: bytes) -> None:
+    """What a signal handler raises while a call waits comes out at once, and is not taken for a slow reply."""
+    with FaultServer(usual=stalls(reply, 5)) as server, RegoloClient(KEY, base_url=server.url, batch_size=1) as client:
+        with pytest.raises(TimeoutError, match="mine"), alarm(0.2):
+            client.rerank("q", texts(size))
+        assert len(server.received) == size
 
 
 def test_a_worker_that_somebody_cancels_cancels_the_call(stub: Stub) -> None:

@@ -1,3 +1,4 @@
+import threading
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ from tests.support.stub import Stub
         ("q", ["a"], {"extra_body": {"top_n": 1}}, "extra_body: must not hold top_n"),
         ("q", ["a"], {"extra_body": {"x": float("nan")}}, "extra_body: must be plain JSON"),
         ("q", ["a"], {"extra_body": {"x": object()}}, "extra_body: must be plain JSON"),
+        ("q", ["a"], {"extra_body": {"x": threading.Lock()}}, "extra_body: must be plain JSON"),
         ("q", ["a"], {"extra_body": {"x": "\ud800"}}, "extra_body: must be plain JSON"),
     ],
 )
@@ -72,3 +74,43 @@ def test_an_extra_body_that_was_changed_in_place_is_checked_again(rank: Rank, st
     with pytest.raises(InvalidInputError, match="extra_body: must"):
         rank(client, "q", ["a"])
     assert not stub.received
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("é", ": must be printable"), ("a\r\nb: c", ": must be printable"), (5, ".x: Input should be a valid string")],
+)
+def test_headers_that_were_changed_in_place_are_checked_again(rank: Rank, stub: Stub, value: Any, problem: str) -> None:
+    """A header that cannot be sent is refused also where it dodged the check of its option."""
+    client = RegoloClient(KEY, base_url=stub.url, default_headers={"x": "1"})
+    assert client.default_headers is not None
+    client.default_headers["x"] = value
+    with pytest.raises(InvalidInputError, match=f"default_headers{problem}"):
+        rank(client, "q", ["a"])
+    assert not stub.received
+
+
+def test_an_extra_body_of_one_call_is_checked_beside_one_of_the_client(rank: Rank, stub: Stub) -> None:
+    """What cannot be JSON, or even copied, is refused, whether or not the client has fields of its own."""
+    client = RegoloClient(KEY, base_url=stub.url, extra_body={"x": 1})
+    with pytest.raises(InvalidInputError, match="extra_body: must be plain JSON"):
+        rank(client, "q", ["a"], extra_body={"x": threading.Lock()})
+
+
+def test_an_extra_body_is_the_options_own(rank: Rank, stub: Stub) -> None:
+    """A dict that the caller goes on changing, at any depth, changes no request."""
+    mine: dict[str, Any] = {"x": {"y": [1]}}
+    client = RegoloClient(KEY, base_url=stub.url, extra_body=mine)
+    mine["x"]["y"].append(2)
+    rank(client, "q", ["a"])
+    assert stub.received[0].json["x"] == {"y": [1]}
+
+
+def test_a_host_without_asyncio_is_told_so() -> None:
+    """Where no event loop of asyncio runs, as under trio, a call says what it needs."""
+    client = RegoloClient(base_url="local://")
+    with pytest.raises(InvalidInputError, match="need asyncio's event loop"):
+        client.arerank("q", ["a"]).send(None)
+    many = client.arerank_many([("q", ["a"])])
+    with pytest.raises(InvalidInputError, match="need asyncio's event loop"):
+        anext(many).__await__().send(None)

@@ -296,3 +296,19 @@ def test_a_notebook_that_runs_twice_sends_nothing_the_second_time(
     assert received == [4, 4]
     assert shown[0] == shown[1]
     assert all(shown[0][1:])
+
+
+def test_a_call_in_an_event_loop_that_stands_still_holds_up_no_other(stub: Stub) -> None:
+    """A pair that an async call has asked for is asked for again while its loop does not run."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
+    loop = asyncio.new_event_loop()
+    client = opened(stub, {}, max_retry_seconds=30.0)
+    paused = loop.create_task(client.arerank("q", ["a"]))
+    loop.run_until_complete(asyncio.sleep(0.05))
+    started = time.monotonic()
+    ranked = client.rerank("q", ["a"])
+    assert time.monotonic() - started < 5
+    assert len(stub.received) == 2
+    assert loop.run_until_complete(paused).results == ranked.results
+    loop.run_until_complete(client.aclose())
+    loop.close()

@@ -79,6 +79,8 @@ def brackets(_query: str, documents: list[str]) -> list[float]:
         ({"api_key": f'"{KEY}"'}, r"api_key\n  must be the key alone, without .* quotes around it, got str"),
         ({"zork": KEY}, r"zork\n  no such option of RegoloClient, got str"),
         ({"default_headers": {"Authorization": f"Bearer {KEY}"}}, r"default_headers\n  must not hold Authorization"),
+        ({"default_headers": {"Content-Length": "3"}}, r"default_headers\n  must not hold Content-Length"),
+        ({"default_headers": {"transfer-encoding": "chunked"}}, r"default_headers\n  must not hold transfer-encoding"),
         ({"default_headers": {"x y": "1"}}, r"default_headers\n  must be printable ASCII"),
         ({"default_headers": {"x": "a\nb"}}, r"default_headers\n  must be printable ASCII"),
         ({"default_headers": {"x": " a"}}, r"default_headers\n  must be printable ASCII"),

@@ -385,6 +385,32 @@ def test_a_ranking_does_not_show_a_key_that_the_server_quotes(
     assert KEY not in caplog.text
 
 
+@pytest.mark.parametrize("key", ["1", "123", "1234", "true", "null", "e", "id", "EMPTY", '"', "\\"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_short_key_breaks_nothing(key: str, status: int, rank: Rank, stub: Stub) -> None:
+    """A key that is part of JSON's own signs, as made-up ones are, changes neither a ranking nor an error's fields."""
+    meta = {"billed_units": {"total_tokens": 1234}, "id": [1, True, None, "beef", 'a"b\\c1234']}
+    body = {**results((0, 0.9)), "id": "1234-true-e1", "meta": meta}
+    stub.always(Reply(body if status == 200 else {"error": {"message": "no beef", "code": "e-1x"}}, status))
+    client = RegoloClient(key, base_url=stub.url, max_retries=0)
+    if status == 200:
+        response = rank(client, QUERY, ["a"])
+        assert response.meta["billed_units"] == {"total_tokens": 1234}
+        assert (response.usage.total_tokens, response.results[0].relevance_score) == (1234, 0.9)
+    else:
+        with pytest.raises(APIStatusError, match="no beef") as caught:
+            rank(client, QUERY, ["a"])
+        assert caught.value.code == ("***-1x" if key == "e" else "e-1x")
+
+
+def test_a_short_key_is_masked_as_a_whole_word() -> None:
+    """A key of fewer than eight characters is masked where it stands alone, a longer one anywhere."""
+    refused = read_error(401, b"bad key 123, not 1234 or x123", httpx.Headers(), SecretStr("123"))
+    assert str(refused) == "bad key ***, not 1234 or x123 [HTTP 401]"
+    refused = read_error(401, b"bad key x12345678x", httpx.Headers(), SecretStr("12345678"))
+    assert str(refused) == "bad key x***x [HTTP 401]"
+
+
 def test_a_200_with_an_empty_error_says_that_it_has_one() -> None:
     """An error without words is still an error in place of results."""
     with pytest.raises(APIResponseError, match="an error in place of results"):

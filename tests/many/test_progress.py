@@ -5,6 +5,7 @@ import sys
 import termios
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +104,23 @@ def test_a_bar_without_tqdm_says_what_to_install(
         many(client, smalls(3), show_progress=True)
     assert not stub.received
     assert len(many(client, smalls(3))) == 3
+
+
+class Unsized(list[Any]):
+    """A list with a length that nobody knows, as that of a dataset may be, or of tqdm around a generator."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'Unsized' has no len()")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_length_that_raises_is_none(many: Many, *, shown: bool) -> None:
+    """With or without a bar, what has no length is ranked."""
+    client = RegoloClient(base_url="local://")
+    assert len(many(client, Unsized(smalls(3)), show_progress=shown)) == 3
+
+
+def test_without_a_stderr_there_is_no_bar(many: Many, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service without a standard error ranks as any other."""
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(many(RegoloClient(base_url="local://"), smalls(3), show_progress=True)) == 3
