@@ -1,19 +1,63 @@
 """Does reranking help on one's own data? Measures before and after, with intervals, a verdict and what it takes."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from regolo_rerank.client import RegoloClient
-from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.errors import (
+    AuthenticationError,
+    InvalidInputError,
+    NotFoundError,
+    PermissionDeniedError,
+    RegoloError,
+)
+
+if TYPE_CHECKING:
+    from regolo_rerank.results import RerankResponse
 
 try:
-    from regolo_rerank._evaluation.figures import Evaluation, Measure, QueryChange, Threshold, TopN, Variant
-    from regolo_rerank._evaluation.queries import read_queries
+    from regolo_rerank._evaluation.figures import Measure, QueryChange, Threshold, TopN, Variant
+    from regolo_rerank._evaluation.queries import JudgedQuery, read_queries
     from regolo_rerank._evaluation.runs import Run
 except ImportError as error:
     raise ImportError('regolo_rerank.evaluation needs ir-measures: pip install "regolo_rerank[evaluate]"') from error
 
 __all__ = ["Evaluation", "Measure", "QueryChange", "Threshold", "TopN", "Variant", "evaluate", "example_queries"]
+
+_HOPELESS: Final = AuthenticationError, InvalidInputError, NotFoundError, PermissionDeniedError
+"""What is wrong with one query is wrong with all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What reranking brings on some queries; `print` shows it as text, a notebook as tables.
+
+    Attributes:
+        queries: How many queries have something relevant: the measures are means over them.
+        others: How many have nothing relevant: they count for thresholds only, where whatever is kept is wrong.
+        documents: How many candidates all queries have together.
+        missed: The share of what is relevant that the retriever has not found, from 0 to 1: no reranker brings it back.
+        variants: What each way of reranking brings.
+    """
+
+    queries: int
+    others: int
+    documents: int
+    missed: float
+    variants: list[Variant]
+
+    def __str__(self) -> str:
+        from regolo_rerank._evaluation.tables import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from regolo_rerank._evaluation.tables import html
+
+        return html(self)
 
 
 def evaluate(
@@ -46,7 +90,7 @@ def evaluate(
     named = {"reranked": clients} if isinstance(clients, RegoloClient) else dict(clients)
     if not named:
         raise InvalidInputError("clients: there is none")
-    runs = {name: Run(read, client, show_progress=show_progress) for name, client in named.items()}
+    runs = {name: _rank(read, client, show_progress=show_progress) for name, client in named.items()}
     first = next(iter(runs.values()))
     relevant = sum(len(query.grades) for query in read)
     found = sum(name in query.grades for query in read for name in query.names)
@@ -71,3 +115,23 @@ def example_queries() -> list[dict[str, Any]]:
     from regolo_rerank._examples.stdlib import queries
 
     return queries()
+
+
+def _rank(queries: Sequence[JudgedQuery], client: RegoloClient, *, show_progress: bool) -> Run:
+    """Rerank the candidates of all queries by a client, and keep what fails beside what does not."""
+    responses: dict[int, RerankResponse] = {}
+    errors: dict[int, RegoloError] = {}
+    pairs = [(query.query, query.documents) for query in queries]
+    started = time.perf_counter()
+    with (
+        client.model_copy(update={"top_n": None, "score_threshold": None}) as whole,
+        closing(whole.rerank_many(pairs, return_exceptions=True, show_progress=show_progress)) as outcomes,
+    ):
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, _HOPELESS):
+                raise outcome
+            if isinstance(outcome, RegoloError):
+                errors[index] = outcome
+            else:
+                responses[index] = outcome
+    return Run(queries, responses, errors, time.perf_counter() - started)

@@ -13,8 +13,8 @@ try:
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
     from matplotlib.lines import Line2D
 
-    from regolo_rerank._display.evaluation_picture import evaluation_summary
     from regolo_rerank._display.picture import Picture
+    from regolo_rerank._evaluation.picture import evaluation_summary
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 

@@ -11,9 +11,10 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from regolo_rerank._wire.checks import API_FIELDS
+__all__ = ["API_FIELDS", "DEFAULT_INSTRUCTION", "PRESETS", "PromptFormat", "preset_for"]
 
-__all__ = ["DEFAULT_INSTRUCTION", "PRESETS", "PromptFormat", "preset_for"]
+API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
+"""What a request of the API holds; no other field may have such a name."""
 
 DEFAULT_INSTRUCTION: Final = "Given a web search query, retrieve relevant passages that answer the query"
 

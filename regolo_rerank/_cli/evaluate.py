@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regolo_rerank._cli.common import find_encoding, open_client, sees_a_bar
 from regolo_rerank._cli.rank import read_text, shown_json
 from regolo_rerank._cli.scores import kept_scores
-from regolo_rerank._display.evaluations import text
+from regolo_rerank._evaluation.tables import text
 from regolo_rerank.errors import InvalidInputError
 
 if TYPE_CHECKING:

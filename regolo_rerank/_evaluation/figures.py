@@ -1,9 +1,9 @@
 """What an evaluation comes to."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-__all__ = ["Evaluation", "Measure", "QueryChange", "Threshold", "TopN", "Variant"]
+__all__ = ["Figures", "Measure", "QueryChange", "Threshold", "TopN", "Variant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,30 +126,16 @@ class Variant:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What reranking brings on some queries; `print` shows it as text, a notebook as tables.
+class Figures(Protocol):
+    """What an evaluation has to show: see `regolo_rerank.evaluation.Evaluation`."""
 
-    Attributes:
-        queries: How many queries have something relevant: the measures are means over them.
-        others: How many have nothing relevant: they count for thresholds only, where whatever is kept is wrong.
-        documents: How many candidates all queries have together.
-        missed: The share of what is relevant that the retriever has not found, from 0 to 1: no reranker brings it back.
-        variants: What each way of reranking brings.
-    """
-
-    queries: int
-    others: int
-    documents: int
-    missed: float
-    variants: list[Variant]
-
-    def __str__(self) -> str:
-        from regolo_rerank._display.evaluations import text
-
-        return text(self)
-
-    def _repr_html_(self) -> str:
-        from regolo_rerank._display.evaluations import html
-
-        return html(self)
+    @property
+    def queries(self) -> int: ...
+    @property
+    def others(self) -> int: ...
+    @property
+    def documents(self) -> int: ...
+    @property
+    def missed(self) -> float: ...
+    @property
+    def variants(self) -> list[Variant]: ...

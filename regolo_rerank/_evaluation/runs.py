@@ -1,9 +1,7 @@
 """One way of reranking all queries of an evaluation, and what it brings."""
 
-import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
@@ -18,22 +16,11 @@ from regolo_rerank._evaluation.measures import (
     threshold_curve,
 )
 from regolo_rerank._evaluation.queries import JudgedQuery
-from regolo_rerank.client import RegoloClient
-from regolo_rerank.errors import (
-    AuthenticationError,
-    InvalidInputError,
-    NotFoundError,
-    PermissionDeniedError,
-    RegoloError,
-)
-
-if TYPE_CHECKING:
-    from regolo_rerank.results import RerankResponse
+from regolo_rerank.errors import RegoloError
+from regolo_rerank.results import RerankResponse
 
 __all__ = ["Run"]
 
-_HOPELESS: Final = AuthenticationError, InvalidInputError, NotFoundError, PermissionDeniedError
-"""What is wrong with one query is wrong with all."""
 _SHARE: Final = 0.95
 """Of what is relevant, that is to be kept."""
 
@@ -42,27 +29,19 @@ class Run:
     """A client's rankings of N queries.
 
     Raises:
-        RegoloError: A query failed for a reason that all queries share, or all that have something relevant failed.
+        RegoloError: All queries that have something relevant failed.
     """
 
-    def __init__(self, queries: Sequence[JudgedQuery], client: RegoloClient, *, show_progress: bool) -> None:
+    def __init__(
+        self,
+        queries: Sequence[JudgedQuery],
+        responses: dict[int, RerankResponse],
+        errors: dict[int, RegoloError],
+        seconds: float,
+    ) -> None:
         self.queries = queries
-        self.responses: dict[int, RerankResponse] = {}
-        errors: dict[int, RegoloError] = {}
-        pairs = [(query.query, query.documents) for query in queries]
-        started = time.perf_counter()
-        with (
-            client.model_copy(update={"top_n": None, "score_threshold": None}) as whole,
-            closing(whole.rerank_many(pairs, return_exceptions=True, show_progress=show_progress)) as outcomes,
-        ):
-            for index, outcome in enumerate(outcomes):
-                if isinstance(outcome, _HOPELESS):
-                    raise outcome
-                if isinstance(outcome, RegoloError):
-                    errors[index] = outcome
-                else:
-                    self.responses[index] = outcome
-        self.seconds = time.perf_counter() - started
+        self.responses = responses
+        self.seconds = seconds
         self.failed = {index: str(error) for index, error in errors.items()}
         self.judged = [index for index in self.responses if queries[index].grades]
         if not self.judged:

@@ -12,9 +12,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from regolo_rerank._wire.endpoint import read_base_url
 from regolo_rerank.errors import InvalidInputError
+from regolo_rerank.prompts import API_FIELDS
 
 __all__ = [
-    "API_FIELDS",
     "API_KEY_VARIABLE",
     "advise",
     "check_base_url",
@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
 
-API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
 """The fields of a request that the API names, each of them an argument here."""
 
 

@@ -109,7 +109,10 @@ def test_scores_are_kept_in_a_file(
     cache = ["--cache", str(tmp_path / "scores.db")]
     at_stub.script(*[error("bad key", 401)])
     assert main(["evaluate", judged, *cache, "--max-concurrency", "1"]) == 1
-    assert capsys.readouterr().err == "regolo-rerank: bad key [HTTP 401]\n"
+    assert (
+        capsys.readouterr().err
+        == "regolo-rerank: bad key [HTTP 401]; check the API key: api_key, or the environment variable REGOLO_API_KEY\n"
+    )
     sent = [as_json(capsys, judged, *cache)["variants"][0]["requests"] for _ in range(2)]
     assert sent == [2, 0]
     assert KEY.encode() not in (tmp_path / "scores.db").read_bytes()
@@ -183,7 +186,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     """The line says which extra to install."""
     monkeypatch.chdir(tmp_path)
-    ours = ("evaluation", "_evaluation", "plot", "_display.evaluation_picture", "_display.picture")
+    ours = ("evaluation", "_evaluation", "plot", "_evaluation.picture", "_display.picture")
     for name in list(sys.modules):
         if name.startswith(tuple(f"regolo_rerank.{each}" for each in ours)):
             monkeypatch.delitem(sys.modules, name)

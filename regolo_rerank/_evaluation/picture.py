@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from regolo_rerank._display.picture import Picture
 from regolo_rerank._display.tables import clip, harmless
-from regolo_rerank._evaluation.figures import Evaluation, Variant
+from regolo_rerank._evaluation.figures import Figures, Variant
 
 __all__ = ["evaluation_summary"]
 
@@ -19,7 +19,7 @@ _LABEL_COLUMNS: Final = 40
 _SHARE: Final = 0.95
 
 
-def evaluation_summary(evaluation: Evaluation) -> Picture:
+def evaluation_summary(evaluation: Figures) -> Picture:
     """Draw an evaluation.
 
     On the left each measure before and after reranking, with the 95 % interval of the difference around the latter; in

@@ -3,12 +3,10 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from regolo_rerank._display.tables import clip, encodable, harmless
-
-if TYPE_CHECKING:
-    from regolo_rerank._evaluation.figures import Evaluation, Measure, QueryChange, Variant
+from regolo_rerank._evaluation.figures import Figures, Measure, QueryChange, Variant
 
 __all__ = ["html", "text"]
 
@@ -25,7 +23,7 @@ class _Table(NamedTuple):
     """Heads first. The first and the last column hold words, all others numbers."""
 
 
-def text(evaluation: "Evaluation", encoding: str = "utf-8") -> str:
+def text(evaluation: Figures, encoding: str = "utf-8") -> str:
     """Return an evaluation as text of 80 columns.
 
     Args:
@@ -39,13 +37,13 @@ def text(evaluation: "Evaluation", encoding: str = "utf-8") -> str:
     return encodable("\n\n".join(parts), encoding)
 
 
-def html(evaluation: "Evaluation") -> str:
+def html(evaluation: Figures) -> str:
     """Return an evaluation as HTML tables, which take their colours from the page."""
     parts = _parts(evaluation)
     return "\n".join(_html(part) if isinstance(part, _Table) else f"<p>{escape(part)}</p>" for part in parts)
 
 
-def _parts(evaluation: "Evaluation") -> Iterator[_Table | str]:
+def _parts(evaluation: Figures) -> Iterator[_Table | str]:
     variants = evaluation.variants
     yield (
         f"{evaluation.queries:,} queries with something relevant, {evaluation.documents:,} candidates. The retriever "
