@@ -1,6 +1,7 @@
 """Ctrl-C at any point of a sync call, and what is left of a call that has failed."""
 
 import gc
+import gc
 import sys
 import threading
 from types import FrameType
@@ -36,10 +37,12 @@ class Interrupt:
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
+        gc.disable()  # Python drops what is raised in a finalizer
         sys.settrace(self._trace)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
