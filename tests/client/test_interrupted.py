@@ -1,7 +1,6 @@
 """Ctrl-C at any point of a sync call, and what is left of a call that has failed."""
 
 import gc
-import gc
 import sys
 import threading
 from types import FrameType
