@@ -36,10 +36,12 @@ class Interrupt:
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
+        gc.disable()  # Python drops what is raised in a finalizer
         sys.settrace(self._trace)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code

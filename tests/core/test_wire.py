@@ -385,7 +385,7 @@ def test_a_ranking_does_not_show_a_key_that_the_server_quotes(
     assert KEY not in caplog.text
 
 
-@pytest.mark.parametrize("key", ["1", "123", "1234", "true", "null", "e", "id", "EMPTY", '"', "\\"])
+@pytest.mark.parametrize("key", ["1", "123", "1234", "true", "null", "e", "id", "EMPTY", "\\"])
 @pytest.mark.parametrize("status", [200, 400])
 def test_a_short_key_breaks_nothing(key: str, status: int, rank: Rank, stub: Stub) -> None:
     """A key that is part of JSON's own signs, as made-up ones are, changes neither a ranking nor an error's fields."""
