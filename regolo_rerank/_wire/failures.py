@@ -78,12 +78,18 @@ def _is_from_below(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _BELOW
 
 
+def _was_caught_below(error: BaseException) -> bool:
+    frames = error.__traceback__
+    return frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _BELOW
+
+
 def _forget_origin(error: BaseException) -> None:
     """Cut an error off from what may hold the key, or the documents: its frames, and what it comes from.
 
-    h11 raises errors that are in frames of their own tracebacks: those must be cut off too, or they are never freed.
+    Errors of h11, and from Python 3.12 those of sockets in httpcore, are in frames of their own tracebacks: those must
+    be cut off too, or they are never freed. What the caller is just handling is left alone.
     """
     origin = error.__cause__ or error.__context__
     error.__traceback__ = error.__cause__ = error.__context__ = None
-    if origin is not None and _is_from_below(origin):
+    if origin is not None and (_is_from_below(origin) or _was_caught_below(origin)):
         _forget_origin(origin)

@@ -1,17 +1,13 @@
-import asyncio
-import gc
 import json
 import random
 import socket
-import weakref
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from regolo_rerank import RegoloClient, RegoloError, RerankResponse
 from tests.conftest import KEY
-from tests.support.faults import FaultServer, http, ranking, sends
+from tests.support.faults import FaultServer, http, ranking
 from tests.support.many import Many
 from tests.support.mutations import mutate, send
 from tests.support.observed import sockets, soon
@@ -43,41 +39,6 @@ def mutated(connection: socket.socket, request: dict[str, Any]) -> bool:
     other = http(json.dumps(ranking({"documents": documents_of(-1)})).encode(), connection="keep-alive")
     data = mutate(chosen, ranking(request), lambda reply: json.dumps(reply).encode())
     return send(chosen, connection, data, chosen.choice([other, b"\r\n", b"x", http(b"", 408)]))
-
-
-class Text(str):
-    """A document that can be watched."""
-
-    __slots__ = ("__weakref__",)
-
-
-@pytest.mark.parametrize("reply", [b"", b"ICY 200 OK\r\n\r\n", http(b"{}")[:-1], http(b"{}"), http(b"", 500)])
-def test_a_call_that_failed_frees_its_documents(mode: str, reply: bytes) -> None:
-    """Whatever came in place of a ranking, nothing of the call waits for the cyclic garbage collector."""
-
-    def is_freed(client: RegoloClient) -> bool:
-        document = Text("a document")
-        gone = weakref.ref(document)
-        with suppress(RegoloError):
-            client.rerank("q", [document])
-        del document
-        return gone() is None
-
-    async def is_freed_async(client: RegoloClient) -> bool:
-        document = Text("a document")
-        gone = weakref.ref(document)
-        with suppress(RegoloError):
-            await client.arerank("q", [document])
-        del document
-        return gone() is None
-
-    gc.collect()
-    gc.disable()
-    try:
-        with FaultServer(usual=sends(reply)) as server, RegoloClient(KEY, base_url=server.url, max_retries=0) as client:
-            assert is_freed(client) if mode == "sync" else asyncio.run(is_freed_async(client))
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("count", [80, pytest.param(8_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
