@@ -3,10 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
-
-import httpx
 
 from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
@@ -52,7 +50,9 @@ class Call(Generic[Event]):
         else:
             done.set()
 
-    def accept(self, batch: range, response: httpx.Response, body: bytes | bytearray, sent: int) -> None:
+    def accept(
+        self, batch: range, status_code: int, headers: Mapping[str, str], body: bytes | bytearray, sent: int
+    ) -> None:
         """Take in the complete reply to a batch's request, its `sent`-th.
 
         Raises:
@@ -60,15 +60,15 @@ class Call(Generic[Event]):
             APIResponseError: The reply cannot be trusted.
         """
         url, key = self.config.endpoint.url, self.config.key
-        request_id = request_id_of(response.headers, key)
-        _log.debug("%s answered %d to %d documents, request %s", url, response.status_code, len(batch), request_id)
-        if not response.is_success:
-            error = read_error(response.status_code, body, response.headers, key, url)
+        request_id = request_id_of(headers, key)
+        _log.debug("%s answered %d to %d documents, request %s", url, status_code, len(batch), request_id)
+        if not 200 <= status_code < 300:
+            error = read_error(status_code, body, headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
                 error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
-        reply = read_reply(body, response.headers, key, url)
-        source = read_source(response.headers, reply, key)
+        reply = read_reply(body, headers, key, url)
+        source = read_source(headers, reply, key)
         if not self.config.options.allow_substitutes:
             refuse_substitute(self.config.options.model, source)
         self.plan.accept(batch, reply, source, sent)

@@ -33,7 +33,8 @@ class Sleep:
 class Reply(NamedTuple):
     """A complete reply: its status and headers, and its body as it was before it was compressed."""
 
-    response: httpx.Response
+    status_code: int
+    headers: dict[str, str]
     body: bytearray
 
 

@@ -159,4 +159,4 @@ class _Tasks:
             finally:
                 await response.aclose()
             response.stream = READ
-        return Reply(response, body.content)
+        return Reply(response.status_code, body.headers, body.content)

@@ -131,4 +131,4 @@ class _Threads:
         finally:
             response.close()
             response.stream = READ
-        return Reply(response, body.content)
+        return Reply(response.status_code, body.headers, body.content)

@@ -29,6 +29,7 @@ class ReplyBody:
         deadline: When the body has to be complete, by the monotonic clock; None is never.
 
     Attributes:
+        headers: The reply's headers, as a dict: httpx's own takes long to look anything up.
         content: The bytes so far, decompressed; none of an error reply that cannot be, whose status tells enough.
         is_complete: Whether there is nothing to read, as in a reply that a mock has made.
 
@@ -37,7 +38,8 @@ class ReplyBody:
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
-        if is_reply_to_another(response):  # its connection closes with its body unread
+        self.headers = dict(response.headers.items())
+        if is_reply_to_another(response, self.headers):  # its connection closes with its body unread
             raise APIResponseError("the reply cannot be trusted: it belongs to another request")
         self.content = bytearray()
         self.is_complete = response.is_stream_consumed
@@ -46,7 +48,7 @@ class ReplyBody:
         self._is_readable = True
         self._received = 0
         self._gzip = None
-        encoding = response.headers.get("content-encoding", "").strip().lower()
+        encoding = self.headers.get("content-encoding", "").strip().lower()
         if self.is_complete:
             self.content += response.content
         elif encoding in {"gzip", "x-gzip"}:

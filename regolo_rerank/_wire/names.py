@@ -21,14 +21,13 @@ def new_name() -> dict[str, str]:
     return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
 
 
-def is_reply_to_another(response: httpx.Response) -> bool:
+def is_reply_to_another(response: httpx.Response, headers: Mapping[str, str]) -> bool:
     """Return whether a reply has the name of another request of this package.
 
     Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
     """
     return "network_stream" in response.extensions and any(
-        (name := response.headers.get(header, "")).startswith(_NAME)
-        and response.request.headers.get(header, "") not in name
+        (name := headers.get(header, "")).startswith(_NAME) and response.request.headers.get(header, "") not in name
         for header in _NAME_HEADERS
     )
 
