@@ -19,7 +19,7 @@ EXPECTED = [(1, 0.5), (0, 0.0)]
 
 
 LOCKS = ("/threading.py", "/httpcore/_synchronization.py")
-"""Files in whose methods an interrupt can leave a lock locked that the same call needs again: then it takes a second."""
+"""Files in whose methods an interrupt can leave a lock locked that the call needs again: then it takes a second one."""
 
 
 class Interrupt:
