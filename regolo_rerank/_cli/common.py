@@ -57,6 +57,8 @@ def open_client(options: dict[str, Any]) -> "RegoloClient":
 
     from regolo_rerank import RegoloClient
 
+    if "headers" in options:
+        options["default_headers"] = dict(options.pop("headers"))
     try:
         return RegoloClient(**options)
     except ValidationError as error:

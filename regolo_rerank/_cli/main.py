@@ -122,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser, rank = _parsers()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     # Options between QUERY and FILE take intermixed parsing, which knows neither commands nor "--".
     if argv[:1] == ["rank"] and "--" not in argv:
         parsed, unknown = rank.parse_known_intermixed_args(argv[1:])
@@ -147,7 +151,7 @@ def _parsers() -> tuple[Parser, Parser]:
         description="Rank texts by their relevance to a query, with Regolo.ai's Rerank API.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     rank = commands.add_parser(
@@ -182,7 +186,6 @@ def _parsers() -> tuple[Parser, Parser]:
     )
     bulk.add_argument("out", metavar="OUT", help="rankings, one JSON object a line, in the order of IN")
     _add_options(bulk)
-    bulk.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
     bulk.add_argument(
         "--allow-changed-options",
         action="store_true",
@@ -233,7 +236,26 @@ def _add_options(parser: Parser) -> None:
     """Add the options of the client."""
     parser.add_argument("--top-n", type=int, metavar="N", help="results kept, the best first")
     parser.add_argument("--threshold", type=float, metavar="X", dest="score_threshold", help="drop what scores lower")
+    parser.add_argument("--max-document-chars", type=int, metavar="N", help="longer documents are cut for scoring")
+    parser.add_argument("--prompt-format", metavar="NAME", help="how texts are put into words for the model")
+    parser.add_argument("--timeout", type=float, metavar="X", help="seconds for one attempt")
+    parser.add_argument("--max-concurrency", type=int, metavar="N", help="requests in flight at once")
+    parser.add_argument(
+        "--header",
+        type=_read_header,
+        action="append",
+        metavar="NAME:VALUE",
+        dest="headers",
+        help="a further HTTP header",
+    )
     _add_ranker(parser)
+
+
+def _read_header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError("must be NAME:VALUE")  # which argparse tells without the text
+    return name.strip(), value.strip()
 
 
 def _add_ranker(parser: Parser) -> None:

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regolo_rerank._cli.common import find_encoding, open_client, standard_input
+from regolo_rerank._cli.common import find_encoding, open_client, standard_input, tell
 from regolo_rerank._display.tables import encodable, lines
 from regolo_rerank.errors import InvalidInputError
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from regolo_rerank.results import RerankResponse
 
 __all__ = ["rank", "read_text", "shown_json"]
+
+
+class _Document(NamedTuple):
+    """A text, and where it comes from: its file, the line's number from 1, and the id that an object may have."""
+
+    text: str
+    file: str
+    line: int
+    id: Any = None
 
 
 def rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int:
@@ -29,13 +38,13 @@ def rank(query: str, files: list[str], *, as_json: bool, **options: Any) -> int:
     """
     documents = [document for file in files for document in _documents(file)]
     with open_client(options) as client:
-        response = client.rerank(query, documents)
+        response = client.rerank(query, [document.text for document in documents])
     if as_json:
-        print(_json(response))
+        print(_json(response, documents))
     elif response.results:
         print(*lines(response.results, shutil.get_terminal_size().columns, encoding=find_encoding()), sep="\n")
     else:
-        print(f"Nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}.")
+        tell(f"nothing found: {f'none of {len(documents)} reaches the threshold' if documents else 'no documents'}")
     return 0
 
 
@@ -62,26 +71,34 @@ def shown_json(fields: dict[str, Any]) -> str:
     return text if find_encoding() == "utf-8" and encodable(text, "utf-8") == text else json.dumps(fields)
 
 
-def _documents(file: str) -> Iterator[str]:
+def _documents(file: str) -> Iterator[_Document]:
     """Read the documents of a file."""
     for number, line in enumerate(io.StringIO(read_text(file, "documents, one a line"), newline=None), 1):
         if line.strip():
-            yield _field(line, f"{file}, line {number}") if file.lower().endswith(".jsonl") else line.rstrip("\n")
+            yield (
+                _read_object(line, file, number)
+                if file.lower().endswith(".jsonl")
+                else _Document(line.rstrip("\n"), file, number)
+            )
 
 
-def _field(line: str, place: str) -> str:
+def _read_object(line: str, file: str, number: int) -> _Document:
     try:
-        text = json.loads(line)["text"]
+        fields = json.loads(line)
     except (ValueError, RecursionError):
-        raise InvalidInputError(f"{place}: not JSON") from None
-    except (LookupError, TypeError):
-        text = None
+        raise InvalidInputError(f"{file}, line {number}: not JSON") from None
+    text = fields.get("text") if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        raise InvalidInputError(f'{place}: not an object with a string in its field "text"')
-    return text
+        raise InvalidInputError(f'{file}, line {number}: not an object with a string in its field "text"')
+    return _Document(text, file, number, fields.get("id"))
 
 
-def _json(response: "RerankResponse") -> str:
+def _json(response: "RerankResponse", documents: list[_Document]) -> str:
     fields = asdict(response)
     del fields["meta"]
+    for result in fields["results"]:
+        document = documents[result["index"]]
+        result.update(file=document.file, line=document.line)
+        if document.id is not None:
+            result["id"] = document.id
     return shown_json(fields)

@@ -94,6 +94,11 @@ def test_documents_come_from_all_sources_in_the_order_named(
     ranked = json.loads(capsys.readouterr().out)["results"]
     documents = [result["document"] for result in sorted(ranked, key=lambda result: result["index"])]
     assert documents == ["uno", "due\u2028due", "tre\u2028\ntre", " ", "quattro è"]
+    places = {result["index"]: (result["file"], result["line"], result.get("id")) for result in ranked}
+    files = [str(lines), str(lines), str(records), str(records), "-"]
+    assert [places[index] for index in range(5)] == list(
+        zip(files, [1, 4, 1, 3, 1], [None, None, 3, None, None], strict=True)
+    )
 
 
 def test_standard_input_is_read_where_no_file_is_named(
@@ -181,11 +186,18 @@ def test_json_holds_the_response_in_valid_utf_8(
     )
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
-    assert main(["rank", "q", jsonl(tmp_path, *documents), "--json", "--base-url", stub.url]) == 0
+    file = jsonl(tmp_path, *documents)
+    assert main(["rank", "q", file, "--json", "--base-url", stub.url]) == 0
     assert json.loads(out.getvalue().decode("utf-8")) == {
         "id": "stub-1",
         "results": [
-            {"index": index, "relevance_score": score, "document": documents[index]}
+            {
+                "index": index,
+                "relevance_score": score,
+                "document": documents[index],
+                "file": file,
+                "line": index + 1,
+            }
             for index, score in [(1, 0.9), (0, 0.7), (2, 0.2)]
         ],
         "usage": {"total_tokens": 12, "requests": 1, "cost": 0.25},
@@ -288,7 +300,7 @@ def test_nothing_found_is_said(
     """An empty ranking is told from silence, and is no failure."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     assert main(["rank", "omega", "--local", "--threshold", "0.9"]) == 0
-    assert capsys.readouterr() == (f"Nothing found: {said}.\n", "")
+    assert capsys.readouterr() == ("", f"regolo-rerank: nothing found: {said}\n")
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], said: str) -> None:
