@@ -120,7 +120,7 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
         """Send a request, and return the reply with its body still to come."""
         pool = self._take()
         done: Done = request.extensions.get(DONE_EXTENSION) or Done()
-        if pool.stream is None:  # it will open a connection
+        if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it will open a new connection
             request.extensions["trace"] = partial(pool.note, done)
         done.hold(pool)
         try:
