@@ -84,7 +84,13 @@ class RequestConfig:
 
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
-        build = httpx.Request if self.callers_client is None else self.callers_client.build_request
-        headers = new_name() | self._headers
-        # Tools that watch httpx write into headers and extensions.
-        return build("POST", self.endpoint.url, content=content, headers=headers, extensions=dict(self._extensions))
+        url, headers = self.endpoint.url, new_name() | self._headers
+        extensions = dict(self._extensions)  # as the headers, each its own: tools that watch httpx write into them
+        if self.callers_client is not None:
+            return self.callers_client.build_request(
+                "POST", url, content=content, headers=headers, extensions=extensions
+            )
+        # What httpx finds out by itself where it is given `content`, in half of the time that a request takes to make.
+        framing = {"host": url.netloc.decode(), "content-length": str(len(content))}
+        stream = httpx.ByteStream(content)
+        return httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
