@@ -1,8 +1,7 @@
 """The client: calls of one query or of many, sync and async."""
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
 from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -233,13 +232,13 @@ class RegoloClient(Reranker):
     def _many(
         self, config: RequestConfig, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> Generator[RerankResponse | RegoloError]:
-        workers = config.options.max_concurrency
+        calls, workers = (Call(config, pair, Done()) for pair in pairs), config.options.max_concurrency
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
-            closing(threads.finish_in_order(_open_calls(config, pairs), workers, self._client_for(config))) as finished,
+            closing(threads.finish_in_order(calls, workers, self._client_for(config))) as finished,
         ):
-            for call in finished:
-                outcome = _unwrap(call, return_exceptions=return_exceptions)
+            for index, call in enumerate(finished):
+                outcome = _unwrap(call, index, return_exceptions=return_exceptions)
                 advance()
                 yield outcome
 
@@ -251,14 +250,14 @@ class RegoloClient(Reranker):
         return_exceptions: bool,
         show_progress: bool,
     ) -> AsyncGenerator[RerankResponse | RegoloError]:
-        workers = config.options.max_concurrency
+        calls, workers = _open_calls(config, pairs), config.options.max_concurrency
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
-            async with (
-                self._async_client_for(config) as client,
-                aclosing(tasks.FinishInOrder(_aopen_calls(config, pairs), workers, client)) as finished,
-            ):
+            client = await self._async_client_for(config)
+            async with aclosing(tasks.FinishInOrder(calls, workers, client)) as finished:
+                index = 0
                 async for call in finished:
-                    outcome = _unwrap(call, return_exceptions=return_exceptions)
+                    outcome = _unwrap(call, index, return_exceptions=return_exceptions)
+                    index += 1
                     advance()
                     yield outcome
 
@@ -275,41 +274,12 @@ def _count(pairs: object) -> int | None:
         return None
 
 
-class _SourceError(Exception):
-    """What reading the pairs has raised; it comes after the pairs that were read."""
-
-
-def _open_calls(config: RequestConfig, pairs: Iterable[Pair]) -> Iterator[Call[threading.Event] | Exception]:
-    """Give the call for each pair, or what is wrong with the pair."""
-    try:
-        for index, pair in enumerate(pairs):
-            yield _open_call(config, index, pair, Done())
-    except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
-        yield _SourceError(error)
-
-
-async def _aopen_calls(
+async def _open_calls(
     config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
-) -> AsyncGenerator[Call[asyncio.Event] | Exception]:
-    """Do the same for an async iterable too."""
-    index = 0
-    try:
-        async with aclosing(_iterate(pairs)) as given:
-            async for pair in given:
-                yield _open_call(config, index, pair, asyncio.Event())
-                index += 1
-    except Exception as error:  # noqa: BLE001 - the same
-        yield _SourceError(error)
-
-
-def _open_call(config: RequestConfig, index: int, pair: object, done: Event) -> Call[Event] | InvalidInputError:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        given = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
-        return InvalidInputError(f"pairs[{index}]: must be (query, documents), got {given}")
-    try:
-        return Call(config, pair[0], pair[1], done)
-    except InvalidInputError as error:
-        return InvalidInputError(f"pairs[{index}]: {error}")
+) -> AsyncGenerator[Call[asyncio.Event]]:
+    async with aclosing(_iterate(pairs)) as given:
+        async for pair in given:
+            yield Call(config, pair, asyncio.Event())
 
 
 async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
@@ -321,16 +291,16 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _unwrap(call: Call[Event] | Exception, *, return_exceptions: bool) -> RerankResponse | RegoloError:
+def _unwrap(call: Call[Event], index: int, *, return_exceptions: bool) -> RerankResponse | RegoloError:
     """Return what a call has come to; an error is raised, or returned where the caller wants that."""
-    if isinstance(call, _SourceError):
-        raise call.args[0]
     try:
         with ends_here:
-            if isinstance(call, Exception):
-                raise call
-            call.close()
-            return call.result()
+            try:
+                call.close()
+                return call.result()
+            except InvalidInputError as error:
+                problem = f"pairs[{index}]: {error}"
+            raise InvalidInputError(problem)
     except RegoloError as error:
         if return_exceptions:
             return error.with_traceback(None)  # whose frames would keep the call and its documents

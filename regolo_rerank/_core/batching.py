@@ -7,7 +7,7 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from regolo_rerank._wire.messages import Reply, encode, repair
 from regolo_rerank._wire.source import CACHE, Source, agree_on_model
@@ -22,16 +22,6 @@ Number = TypeVar("Number", int, float)
 
 _BYTES_A_CHARACTER = 6
 """Of JSON at most: a control character is written as `\\u0000`."""
-
-
-class _Receipt(NamedTuple):
-    """What is kept of a reply besides its scores."""
-
-    id: Any
-    meta: Any
-    tokens: int | None
-    source: Source
-    sent: int
 
 
 class Plan:
@@ -62,7 +52,7 @@ class Plan:
         self._slots, self.texts = _find_distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
         self._known: list[Source] = []
-        self._receipts: dict[range, _Receipt] = {}
+        self._sources: dict[range, Source] = {}
         self.batches: list[range] = []
         # In a request: what is left for the documents.
         most = options.batch_size
@@ -88,9 +78,6 @@ class Plan:
         """Return the JSON of a batch's request; its strings are built here, a batch at a time."""
         return self._encode_body(self._format.format_documents(self.texts[batch.start : batch.stop]))
 
-    def _format_slot(self, slot: int) -> str:
-        return self._format.format_document(self.texts[slot])
-
     def _encode_body(self, documents: list[str]) -> bytes:
         body: dict[str, Any] = {"model": self._options.model, "query": self.query, "documents": documents}
         if documents and (asked := self._ask_for(len(documents))) is not None:
@@ -110,7 +97,7 @@ class Plan:
         longest = max(map(len, islice(self.texts, count)), default=0) + len(self._format.document)
         if min(most, count) * (longest * _BYTES_A_CHARACTER + len(b'"",')) <= budget:
             return even
-        sizes = [len(encode(self._format_slot(slot))) + 1 for slot in range(count)]
+        sizes = [len(encode(self._format.format_document(self.texts[slot]))) + 1 for slot in range(count)]
         ends = [0, *accumulate(sizes)]
         packed, start = [], 0
         for slot in range(count):
@@ -122,7 +109,7 @@ class Plan:
         fits = all(len(batch) <= most and ends[batch.stop] - ends[batch.start] <= budget for batch in even)
         return even if fits else packed
 
-    def accept(self, batch: range, reply: Reply, source: Source, sent: int) -> None:
+    def accept(self, batch: range, reply: Reply, source: Source) -> None:
         """Check a batch's reply against what was asked, and keep its scores.
 
         Raises:
@@ -144,21 +131,21 @@ class Plan:
             if echo != text and not _may_mean(echo, repair(text)):
                 raise _distrust("it echoes other documents than were sent", source)
         self._scores.update(scores)
-        self._receipts[batch] = _Receipt(reply.id, reply.meta, reply.total_tokens, source, sent)
+        self._sources[batch] = source
 
     @property
     def is_complete(self) -> bool:
         """Whether the replies to all batches were accepted."""
-        return len(self._receipts) == len(self.batches)
+        return len(self._sources) == len(self.batches)
 
     @property
     def new_scores(self) -> dict[str, float]:
         """The scores of all replies so far, by text, but for those of a substitute."""
         return {
             self.texts[slot]: self._scores[slot]
-            for batch, receipt in list(self._receipts.items())
+            for batch, source in list(self._sources.items())
             for slot in batch
-            if slot in self._scores and not receipt.source.is_substitute
+            if slot in self._scores and not source.is_substitute
         }
 
     def find_longest(self, batch: range) -> tuple[int, int]:
@@ -172,17 +159,16 @@ class Plan:
         Raises:
             APIResponseError: Its scores come from several models.
         """
-        receipts = [self._receipts[batch] for batch in self.batches]
-        if not receipts:
+        sources = [self._sources[batch] for batch in self.batches]
+        if not sources:
             return RerankResponse(results=self._rank())
-        sources = [receipt.source for receipt in receipts]
         return RerankResponse(
-            id=None if receipts[0].id is None else str(receipts[0].id),
+            id=sources[0].id,
             results=self._rank(),
-            meta=receipts[0].meta,
+            meta=sources[0].meta,
             usage=Usage(
-                _sum(receipt.tokens for receipt in receipts),
-                sum(receipt.sent for receipt in receipts),
+                _sum(source.tokens for source in sources),
+                sum(source.requests for source in sources),
                 _sum(source.cost for source in sources),
             ),
             request_ids=[source.request_id for source in sources if source.request_id is not None],

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
-from regolo_rerank._core.inputs import check_documents, check_query
+from regolo_rerank._core.inputs import check_documents, check_pair, check_query
+from regolo_rerank._transports.spread import Done
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from regolo_rerank._wire.source import read_source, refuse_substitute
@@ -18,7 +18,7 @@ from regolo_rerank.results import RerankResponse
 
 __all__ = ["Call", "Event"]
 
-Event = TypeVar("Event", threading.Event, asyncio.Event)
+Event = TypeVar("Event", Done, asyncio.Event)
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -26,29 +26,38 @@ _log = logging.getLogger("regolo_rerank")
 class Call(Generic[Event]):
     """One query and its documents. It belongs to the caller's thread or task; workers only `accept` and `fail`.
 
-    Attributes:
+    Args:
         config: What its requests have in common.
-        done: Set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
-        plan: Its batches, and what was learnt of them.
+        pair: The query and the documents; what is wrong with them, `result` raises.
+        done: What is set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
 
-    Raises:
-        InvalidInputError: Query or documents are wrong, or the key would travel in the clear.
-        MissingAPIKeyError: Something has to be sent, the endpoint demands a key, and there is none.
+    Attributes:
+        plan: What is to be sent, and what was learnt of it.
+        batches: One range a request; none where there is nothing to send.
     """
 
-    def __init__(self, config: RequestConfig, query: str, documents: Iterable[str], done: Event) -> None:
+    plan: Plan
+
+    def __init__(self, config: RequestConfig, pair: object, done: Event) -> None:
         self.config = config
         self.done: Event = done
-        self.plan = Plan(
-            check_query(query), check_documents(documents, str), config.options, config.prompt_format, config.fields
-        )
-        self._cache = _open_cache(config, self.plan.query)
+        self.batches: list[range] = []
+        self._cache: ScoreCache | None = None
         self._failure: BaseException | None = None
-        self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
-        if self.plan.batches:
-            config.require_key()
-        else:
-            done.set()
+        try:
+            query, documents = check_pair(pair)
+            self.plan = Plan(
+                check_query(query), check_documents(documents, str), config.options, config.prompt_format, config.fields
+            )
+            self._cache = _open_cache(config, self.plan.query)
+            self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
+            self.batches = self.plan.batches
+            if self.batches:
+                config.require_key()
+            else:
+                done.set()
+        except RegoloError as error:
+            self.fail(error)
 
     def accept(
         self, batch: range, status_code: int, headers: Mapping[str, str], body: bytes | bytearray, sent: int
@@ -68,10 +77,10 @@ class Call(Generic[Event]):
                 error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
         reply = read_reply(body, headers, key, url)
-        source = read_source(headers, reply, key)
+        source = read_source(headers, reply, key, sent)
         if not self.config.options.allow_substitutes:
             refuse_substitute(self.config.options.model, source)
-        self.plan.accept(batch, reply, source, sent)
+        self.plan.accept(batch, reply, source)
         if self.plan.is_complete:
             self.done.set()
 

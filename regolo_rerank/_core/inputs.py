@@ -2,14 +2,26 @@
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from regolo_rerank._wire.checks import advise
 from regolo_rerank.errors import InvalidInputError
 
-__all__ = ["check_documents", "check_query"]
+__all__ = ["check_documents", "check_pair", "check_query"]
 
 T = TypeVar("T")
+
+
+def check_pair(pair: object) -> tuple[Any, Any]:
+    """Return a query and its documents, still to be checked, or refuse what is no pair.
+
+    Raises:
+        InvalidInputError: It is neither a tuple nor a list of two.
+    """
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        return pair[0], pair[1]
+    given = f"{type(pair).__name__}{f' of {len(pair)}' if isinstance(pair, tuple | list) else ''}"
+    raise InvalidInputError(f"must be (query, documents), got {given}")
 
 
 def check_query(query: object) -> str:

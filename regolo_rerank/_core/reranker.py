@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -52,20 +51,19 @@ class Reranker(Options):
     def _client_for(self, config: RequestConfig) -> httpx.Client:
         return self.http_client or self._clients.client(config.endpoint)
 
-    def _async_client_for(self, config: RequestConfig) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    async def _async_client_for(self, config: RequestConfig) -> httpx.AsyncClient:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             raise InvalidInputError(
                 "async calls need asyncio's event loop, and none is running, as under trio"
             ) from None
-        client = self.async_http_client
-        return self._clients.loop_client(config.endpoint) if client is None else nullcontext(client)
+        return self.async_http_client or await self._clients.loop_client(config.endpoint)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with ends_here:
             config = self._configure(arguments, self.http_client)
-            call = Call(config, query, documents, Done())
+            call = Call(config, (query, documents), Done())
             try:
                 if not call.done.is_set():
                     threads.finish(call, self._client_for(config))
@@ -76,11 +74,10 @@ class Reranker(Options):
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         with ends_here:
             config = self._configure(arguments, self.async_http_client)
-            call = Call(config, query, documents, asyncio.Event())
+            call = Call(config, (query, documents), asyncio.Event())
             try:
                 if not call.done.is_set():
-                    async with self._async_client_for(config) as client:
-                        await tasks.finish(call, client)
+                    await tasks.finish(call, await self._async_client_for(config))
             finally:
                 call.close()
             return call.result()

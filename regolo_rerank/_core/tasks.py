@@ -18,7 +18,7 @@ __all__ = ["FinishInOrder", "finish"]
 
 async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
     """Send all batches of one call: in the caller's task where it has one, else in several."""
-    queue: WorkQueue[asyncio.Event] = WorkQueue(min(call.config.options.max_concurrency, len(call.plan.batches)))
+    queue: WorkQueue[asyncio.Event] = WorkQueue(min(call.config.options.max_concurrency, len(call.batches)))
     queue.put(call)
     tasks = _Tasks(queue, client)
     try:
@@ -34,13 +34,11 @@ class FinishInOrder:
     would close it beside the one that goes through it.
     """
 
-    def __init__(
-        self, calls: AsyncGenerator[Call[asyncio.Event] | Exception], max_workers: int, client: httpx.AsyncClient
-    ) -> None:
+    def __init__(self, calls: AsyncGenerator[Call[asyncio.Event]], max_workers: int, client: httpx.AsyncClient) -> None:
         self._calls = calls
         self._queue: WorkQueue[asyncio.Event] = WorkQueue(max_workers)
         self._tasks = _Tasks(self._queue, client)
-        self._pending: deque[Call[asyncio.Event] | Exception] = deque()
+        self._pending: deque[Call[asyncio.Event]] = deque()
         self._room = asyncio.Semaphore(self._queue.read_ahead)
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: self._tasks.progress.set())
@@ -50,31 +48,28 @@ class FinishInOrder:
             await self._room.acquire()
             async for call in calls:
                 self._pending.append(call)
-                if isinstance(call, Call):
-                    self._queue.put(call)
-                    self._tasks.start()
+                self._queue.put(call)
+                self._tasks.start()
                 self._tasks.progress.set()
                 await self._room.acquire()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Call[asyncio.Event] | Exception:
+    async def __anext__(self) -> Call[asyncio.Event]:
         while not self._pending:
             if self._reader.done():
                 self._reader.result()
                 raise StopAsyncIteration
             await self._tasks.wait_for_progress()
-        if isinstance(first := self._pending[0], Call):
-            await self._tasks.wait_for(first)
+        await self._tasks.wait_for(self._pending[0])
         self._room.release()
         return self._pending.popleft()
 
     async def aclose(self) -> None:
         """Give up what is under way."""
         for call in self._pending:
-            if isinstance(call, Call):
-                call.close()
+            call.close()
         self._reader.cancel()
         await self._tasks.stop()
         await asyncio.gather(self._reader, return_exceptions=True)

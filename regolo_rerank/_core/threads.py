@@ -11,70 +11,58 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._transports.spread import DONE_EXTENSION
+from regolo_rerank._transports.spread import DONE_EXTENSION, Done
 from regolo_rerank._wire.body import READ, ReplyBody
 
 __all__ = ["finish", "finish_in_order"]
 
 
-def finish(call: Call[threading.Event], client: httpx.Client) -> None:
+def finish(call: Call[Done], client: httpx.Client) -> None:
     """Send all batches of one call: in the caller's thread where it has one, else in several."""
-    queue: WorkQueue[threading.Event] = WorkQueue(min(call.config.options.max_concurrency, len(call.plan.batches)))
+    queue: WorkQueue[Done] = WorkQueue(min(call.config.options.max_concurrency, len(call.batches)))
     queue.put(call)
-    _Threads(queue, client).wait_for(call)
+    _Threads(queue, client).start()
+    call.done.wait()
 
 
-def finish_in_order(
-    calls: Iterator[Call[threading.Event] | Exception], max_workers: int, client: httpx.Client
-) -> Generator[Call[threading.Event] | Exception]:
-    """Give calls in their order, each when it is done; what could not become a call is passed through."""
-    queue: WorkQueue[threading.Event] = WorkQueue(max_workers)
+def finish_in_order(calls: Iterator[Call[Done]], max_workers: int, client: httpx.Client) -> Generator[Call[Done]]:
+    """Give calls in their order, each when it is done; what reading them has raised comes after those read before."""
+    queue: WorkQueue[Done] = WorkQueue(max_workers)
     threads = _Threads(queue, client)
-    pending: deque[Call[threading.Event] | Exception] = deque()
-    has_more = True
+    pending: deque[Call[Done]] = deque()
+    end: Exception | None = None
     try:
-        while has_more or pending:
-            while has_more and _wants_more(pending, queue.read_ahead):
-                call = next(calls, None)
-                if call is None:
-                    has_more = False
+        while pending or end is None:
+            while end is None and _wants_more(pending, queue.read_ahead):
+                try:
+                    call = next(calls)
+                except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
+                    end = error
                 else:
                     pending.append(call)
-                    if isinstance(call, Call):
-                        queue.put(call)
-                        threads.start()
+                    queue.put(call)
+                    threads.start()
             if pending:
-                threads.wait_for(pending[0])
+                pending[0].done.wait()
                 yield pending.popleft()
+        if not isinstance(end, StopIteration):
+            raise end
     finally:
         for call in pending:
-            if isinstance(call, Call):
-                call.close()
+            call.close()
 
 
-def _wants_more(pending: deque[Call[threading.Event] | Exception], read_ahead: int) -> bool:
+def _wants_more(pending: deque[Call[Done]], read_ahead: int) -> bool:
     # Enough calls keep every worker busy; but nobody waits for a slow source while the next ranking is there.
-    return len(pending) < read_ahead and not (0 < len(pending) <= read_ahead // 2 and _is_done(pending[0]))
-
-
-def _is_done(call: Call[threading.Event] | Exception) -> bool:
-    return not isinstance(call, Call) or call.done.is_set()
+    return len(pending) < read_ahead and not (0 < len(pending) <= read_ahead // 2 and pending[0].done.is_set())
 
 
 class _Threads:
     """The threads that send a queue's batches; the caller's own where there may be only one, or no other starts."""
 
-    def __init__(self, queue: WorkQueue[threading.Event], client: httpx.Client) -> None:
+    def __init__(self, queue: WorkQueue[Done], client: httpx.Client) -> None:
         self._queue = queue
         self._client = client
-        self._progress = threading.Event()
-
-    def wait_for(self, call: Call[threading.Event] | Exception) -> None:
-        """Wait until a call is done."""
-        while not _is_done(call):
-            self.start()
-            self._progress.wait()
-            self._progress.clear()
 
     def start(self) -> None:
         """Start as many workers as there is room and work for."""
@@ -99,9 +87,9 @@ class _Threads:
                 if job.call.done.is_set() and not isinstance(error, Exception):
                     raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
-            self._progress.set()
+            self.start()  # there may be room for one worker more
 
-    def _rank(self, job: Job[threading.Event]) -> None:
+    def _rank(self, job: Job[Done]) -> None:
         flow = rank_batch(job, self._queue)
         try:
             step = next(flow)
@@ -115,7 +103,7 @@ class _Threads:
         except StopIteration:
             return
 
-    def _perform(self, step: httpx.Request | Sleep, call: Call[threading.Event]) -> Reply | None:
+    def _perform(self, step: httpx.Request | Sleep, call: Call[Done]) -> Reply | None:
         if isinstance(step, Sleep):
             call.done.wait(step.seconds)
             return None

@@ -25,13 +25,16 @@ __all__ = ["Clients", "proxy_for"]
 
 T = TypeVar("T")
 
+_Guarded = tuple[httpx.AsyncClient, AsyncGenerator[None]]
+"""The client of an event loop, and what closes its connections."""
+
 
 class Clients:
     """The httpx clients of one reranker; a copy of it opens its own, and so does a forked process."""
 
     def __init__(self) -> None:
         self._clients: dict[tuple[int, Endpoint], httpx.Client] = {}
-        self._loops: dict[asyncio.AbstractEventLoop, dict[Endpoint, LoopClient]] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, dict[Endpoint, _Guarded]] = {}
         # In a cycle that nobody refers to, a guard would end beside what it guards, and not before it.
         weakref.finalize(self, self._loops.clear).atexit = False
 
@@ -44,74 +47,39 @@ class Clients:
         # Of two threads that open one at the same time, both get the first.
         return self._clients.get(key) or self._clients.setdefault(key, _open_client(endpoint))
 
-    def loop_client(self, endpoint: Endpoint) -> "LoopClient":
-        """Return the running event loop's client for async calls to an endpoint."""
+    async def loop_client(self, endpoint: Endpoint) -> httpx.AsyncClient:
+        """Return the running event loop's client for calls to an endpoint; its connections close with the loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             for other in list(self._loops):
                 if other.is_closed():
                     self._loops.pop(other, None)
         clients = self._loops.setdefault(loop, {})
-        if endpoint not in clients or clients[endpoint].is_closed:
-            clients[endpoint] = LoopClient(endpoint)
-        return clients[endpoint]
+        if endpoint not in clients:
+            transport = EmbeddedTransport() if endpoint.embedded else _open(AsyncSpreadTransport, endpoint)
+            clients[endpoint] = _AsyncClient(transport=transport, trust_env=False), _close_with_loop(transport)
+            await anext(clients[endpoint][1])
+        return clients[endpoint][0]
 
     def close(self) -> None:
         """Close the connections of sync calls, once the calls under way in other threads have ended."""
         self._clients.clear()
 
     async def aclose(self) -> None:
-        """Close those of sync calls, and of async calls in the running event loop, once the calls there have ended."""
+        """Close those of sync calls, and of async calls in the running loop; a request under way comes to its end."""
         self.close()
-        for client in self._loops.pop(asyncio.get_running_loop(), {}).values():
-            await client.aclose()
+        for _, guard in self._loops.pop(asyncio.get_running_loop(), {}).values():
+            await guard.aclose()
 
 
-class LoopClient:
-    """The client of one event loop; whoever sends over it enters it, and it closes when nobody is inside any more.
-
-    An async generator guards it: it is started in the loop, so asyncio runs its `finally` when the loop shuts down, or
-    when nobody holds it any more. The context manager itself is none, which asyncio would end beside the call's own.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._client = _open_async_client(endpoint)
-        self._guard = _close_with_loop(self._client)
-        self._guarded = False
-        self._users = 0
-        self._closing = False
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether its event loop has shut down, or it was closed."""
-        return self._client.is_closed
-
-    async def __aenter__(self) -> httpx.AsyncClient:
-        self._users += 1
-        if not self._guarded:
-            self._guarded = True
-            await anext(self._guard)
-        return self._client
-
-    async def __aexit__(self, *_: object) -> None:
-        self._users -= 1
-        if self._closing:
-            await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the connections, once the calls under way have ended."""
-        self._closing = True
-        if not self._users:
-            await self._guard.aclose()
-
-
-async def _close_with_loop(client: httpx.AsyncClient) -> AsyncGenerator[None]:
+async def _close_with_loop(transport: httpx.AsyncBaseTransport) -> AsyncGenerator[None]:
+    """Close connections when the event loop shuts down or nobody holds this any more: asyncio sees to both."""
     try:
         yield
     finally:
         with suppress(RuntimeError):  # a loop that was left open, as nest_asyncio's is, is gone when Python ends
             asyncio.get_running_loop()
-            await client.aclose()
+            await transport.aclose()
 
 
 class _NoCookies(httpx.Cookies):
@@ -133,11 +101,6 @@ def _open_client(endpoint: Endpoint) -> httpx.Client:
     # Nobody is told when a client is forgotten; its sockets must close without a warning.
     weakref.finalize(client, _close, transport, os.getpid())
     return client
-
-
-def _open_async_client(endpoint: Endpoint) -> httpx.AsyncClient:
-    transport = EmbeddedTransport() if endpoint.embedded else _open(AsyncSpreadTransport, endpoint)
-    return _AsyncClient(transport=transport, trust_env=False)
 
 
 def _close(transport: httpx.BaseTransport, pid: int) -> None:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
@@ -35,41 +35,50 @@ class _Spread(Generic[P]):
         self._idle: deque[tuple[float, P]] = deque([(time.monotonic(), self._open())])
         self._closed = False
 
-    def _take(self) -> P:
-        """Return the pool that was used last, whose connection is the likeliest to be open."""
+    def _take(self) -> P:  # the one that was used last, whose connection is the likeliest to be open
         try:
             return self._idle.pop()[1]
         except IndexError:
             return self._open()
 
-    def _give_back(self, pool: P) -> list[P]:
-        """Keep a pool for the next request; return those that have been idle for too long, for the caller to close."""
-        now = time.monotonic()
-        self._idle.append((now, pool))
-        return self._drop(0.0 if self._closed else KEEPALIVE)
+    def _keep(self, pool: P) -> None:
+        self._idle.append((time.monotonic(), pool))
 
-    def _drop(self, idle_for: float) -> list[P]:
-        dropped = []
-        try:
-            while time.monotonic() - self._idle[0][0] >= idle_for:
-                dropped.append(self._idle.popleft()[1])
-        except IndexError:
-            pass  # none is left, or another thread has taken it
-        return dropped
+    def _drop(self) -> Iterator[P]:
+        """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
+        with suppress(IndexError):  # none is left, or another thread has taken it
+            while time.monotonic() - self._idle[0][0] >= (0.0 if self._closed else KEEPALIVE):
+                yield self._idle.popleft()[1]
 
 
-class Done(threading.Event):
-    """The end of a sync call, which wakes the threads that still wait for its replies: it shuts their sockets down."""
+class Done:
+    """The end of a sync call, which wakes the threads that still wait for its replies: it shuts their sockets down.
+
+    This is no `threading.Event`, in which an interrupt can leave a lock locked, and which takes three times as long.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        self._is_set = False
         self._pools: set[_Pool] = set()
         self._lock = threading.Lock()
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def is_set(self) -> bool:
+        """Return whether the call has ended."""
+        return self._is_set
+
+    def wait(self, seconds: float = -1) -> None:
+        """Wait until the call has ended, or for some seconds."""
+        if self._gate.acquire(timeout=seconds):
+            self._gate.release()
 
     def set(self) -> None:
         """End the call."""
-        super().set()
         with self._lock:
+            if not self._is_set:
+                self._is_set = True
+                self._gate.release()
             for pool in self._pools:
                 pool.shut_down()
 
@@ -77,7 +86,7 @@ class Done(threading.Event):
         """Watch over a pool that sends a request of the call."""
         with self._lock:
             self._pools.add(pool)
-            if self.is_set():
+            if self._is_set:
                 pool.shut_down()
 
     def release(self, pool: "_Pool") -> None:
@@ -119,7 +128,7 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
         pool = self._take()
-        done: Done = request.extensions.get(DONE_EXTENSION) or Done()
+        done: Done = request.extensions[DONE_EXTENSION]
         if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it will open a new connection
             request.extensions["trace"] = partial(pool.note, done)
         done.hold(pool)
@@ -130,17 +139,21 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
             pool.hang_up()  # a connection that was interrupted is not used again
             raise
         pool.stream = response.extensions.get("network_stream")
-        response.stream = _Body(response.stream, pool, done, self._done)
+        response.stream = _Body(response.stream, pool, done, self)
         return response
 
-    def _done(self, pool: _Pool) -> None:
-        for dropped in self._give_back(pool):
-            dropped.close()
+    def give_back(self, pool: _Pool) -> None:
+        """Keep a pool for the next request."""
+        self._keep(pool)
+        self._close_idle()
 
     def close(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
         self._closed = True
-        for pool in self._drop(0.0):
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        for pool in self._drop():
             pool.close()
 
 
@@ -158,55 +171,54 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
         except BaseException:
             await pool.aclose()
             raise
-        response.stream = _AsyncBody(response.stream, pool, self._done)
+        response.stream = _AsyncBody(response.stream, pool, self)
         return response
 
-    async def _done(self, pool: httpx.AsyncHTTPTransport) -> None:
-        for dropped in self._give_back(pool):
-            await dropped.aclose()
+    async def give_back(self, pool: httpx.AsyncHTTPTransport) -> None:
+        """Keep a pool for the next request."""
+        self._keep(pool)
+        await self._close_idle()
 
     async def aclose(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
         self._closed = True
-        for pool in self._drop(0.0):
+        await self._close_idle()
+
+    async def _close_idle(self) -> None:
+        for pool in self._drop():
             await pool.aclose()
 
 
 class _Body(httpx.SyncByteStream):
     """The body of a reply, whose end frees its pool."""
 
-    def __init__(self, stream: Any, pool: _Pool, done: Done, give_back: Callable[[_Pool], None]) -> None:
+    def __init__(self, stream: Any, pool: _Pool, done: Done, transport: SpreadTransport) -> None:
         self._stream = stream
         self._pool = pool
         self._done = done
-        self._give_back = give_back
-        self._is_broken = False
+        self._transport = transport
+        self._is_read = False
 
     def __iter__(self) -> Iterator[bytes]:
-        try:
-            yield from self._stream
-        except BaseException:
-            self._is_broken = True
-            raise
+        yield from self._stream
+        self._is_read = True
 
     def close(self) -> None:
         end = self._pool.hang_up
         try:
-            if not self._is_broken:
+            if self._is_read:
                 self._stream.close()
-                end = partial(self._give_back, self._pool)
+                end = partial(self._transport.give_back, self._pool)
         finally:
             self._done.release(self._pool)
             end()
 
 
 class _AsyncBody(httpx.AsyncByteStream):
-    def __init__(
-        self, stream: Any, pool: httpx.AsyncHTTPTransport, done: Callable[[httpx.AsyncHTTPTransport], Awaitable[None]]
-    ) -> None:
+    def __init__(self, stream: Any, pool: httpx.AsyncHTTPTransport, transport: AsyncSpreadTransport) -> None:
         self._stream = stream
         self._pool = pool
-        self._done = done
+        self._transport = transport
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         stream: AsyncIterator[bytes] = aiter(self._stream)
@@ -218,4 +230,4 @@ class _AsyncBody(httpx.AsyncByteStream):
         except BaseException:
             await self._pool.aclose()
             raise
-        await self._done(self._pool)
+        await self._transport.give_back(self._pool)

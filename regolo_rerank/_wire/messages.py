@@ -52,16 +52,17 @@ class Reply(BaseModel):
     @property
     def total_tokens(self) -> int | None:
         """Tokens that the service counted, from whichever of the known places has them."""
-        for place in (
-            ("usage", "total_tokens"),
-            ("usage", "prompt_tokens"),
-            ("meta", "billed_units", "total_tokens"),
-            ("meta", "billed_units", "input_tokens"),
-            ("meta", "tokens", "input_tokens"),
+        meta = self.meta if isinstance(self.meta, dict) else {}
+        for counts, name in (
+            (self.usage, "total_tokens"),
+            (self.usage, "prompt_tokens"),
+            (meta.get("billed_units"), "total_tokens"),
+            (meta.get("billed_units"), "input_tokens"),
+            (meta.get("tokens"), "input_tokens"),
         ):
-            value = _find({"usage": self.usage, "meta": self.meta}, *place)
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
+            count = counts.get(name) if isinstance(counts, dict) else None
+            if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+                return count
         return None
 
 
@@ -81,10 +82,4 @@ def repair(value: Any) -> Any:
         return [repair(item) for item in value]
     if isinstance(value, dict):
         return {key: repair(item) for key, item in value.items()}
-    return value
-
-
-def _find(value: Any, *names: str) -> Any:
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
     return value

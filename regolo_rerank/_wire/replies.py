@@ -180,7 +180,7 @@ _TRY_AGAIN = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that the server asks to wait, in a header or in its words; None where it does not say."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
-    waits = [parse_number(headers.get("retry-after-ms", ""), 0.001), parse_number(headers.get("retry-after", ""))]
+    waits = [parse_number(headers.get("retry-after-ms"), 0.001), parse_number(headers.get("retry-after"))]
     if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
     # A limit on parallel requests frees as soon as another call ends, whatever its window says.
@@ -192,13 +192,13 @@ def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
     return next((max(wait, 0.0) for wait in waits if wait is not None), None)
 
 
-def parse_number(text: str, unit: float = 1.0) -> float | None:
+def parse_number(text: str | None, unit: float = 1.0) -> float | None:
     """Return the number from 0 that a header holds; None where it holds none."""
     try:
-        seconds = float(text) * unit
+        number = float(text or "nan") * unit
     except ValueError:
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return number if math.isfinite(number) and number >= 0 else None
 
 
 def _parse_date(text: str) -> datetime | None:

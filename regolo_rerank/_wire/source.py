@@ -8,7 +8,7 @@ the name alone tells nothing, because an alias keeps the one that was asked for.
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
 
@@ -30,12 +30,20 @@ class Source(NamedTuple):
         model: The model that has answered; None where the server does not say.
         is_substitute: Whether it is another one than was asked for.
         request_id: The server's name for the request.
+        id: The reply's own name.
+        meta: What else the reply says.
+        requests: Requests sent until it came.
+        tokens: Tokens that the service has counted; None where it does not say.
         cost: US dollars, as the gateway counts them; None where it does not say.
     """
 
     model: str | None = None
     is_substitute: bool = False
     request_id: str | None = None
+    id: str | None = None
+    meta: Any = None
+    requests: int = 1
+    tokens: int | None = None
     cost: float | None = None
 
 
@@ -43,21 +51,26 @@ CACHE: Final = Source()
 """Scores that were known already: those of the model that was asked for, since no other's are kept."""
 
 
-def read_source(headers: Mapping[str, str], reply: Reply, secret: SecretStr | None = None) -> Source:
+def read_source(headers: Mapping[str, str], reply: Reply, secret: SecretStr | None, requests: int) -> Source:
     """Return what a reply says of itself.
 
     Args:
         headers: The reply's headers, their names in any case.
         reply: Its body; vLLM and Infinity name the model there.
         secret: The API key; where the server quotes it, "***" is shown.
+        requests: Requests sent until it came.
     """
     group = headers.get("x-litellm-model-group")
     named = reply.model if isinstance(reply.model, str) else None
     return Source(
         mask(group, secret) if group else named or None,
-        (parse_number(headers.get("x-litellm-attempted-fallbacks", "")) or 0) > 0,
+        (parse_number(headers.get("x-litellm-attempted-fallbacks")) or 0) > 0,
         request_id_of(headers, secret),
-        parse_number(headers.get("x-litellm-response-cost", "")),
+        None if reply.id is None else str(reply.id),
+        reply.meta,
+        requests,
+        reply.total_tokens,
+        parse_number(headers.get("x-litellm-response-cost")),
     )
 
 

@@ -37,7 +37,7 @@ def answered(plan: Plan, rng: random.Random) -> list[tuple[int, float]]:
             ranked = ranked[: request.top_n]
         rng.shuffle(ranked)
         reply = Reply.model_validate(results(*((index, value) for value, index in ranked)))
-        plan.accept(batch, reply, Source(), 1)
+        plan.accept(batch, reply, Source())
     assert len(sent) == len(set(sent))
     return pairs(plan.merge().results)
 
@@ -98,9 +98,9 @@ def test_a_reply_that_does_not_fit_teaches_nothing(reply: Any, message: str) -> 
     plan.cut({})
     (batch,) = plan.batches
     with pytest.raises(APIResponseError, match=message) as caught:
-        plan.accept(batch, Reply.model_validate(reply), Source(request_id="call-1"), 1)
+        plan.accept(batch, Reply.model_validate(reply), Source(request_id="call-1"))
     assert caught.value.request_id == "call-1"
-    plan.accept(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), Source(), 2)
+    plan.accept(batch, Reply.model_validate(results((0, 0.1), (1, 0.2))), Source(requests=2))
     assert pairs(plan.merge().results) == [(1, 0.2), (0, 0.1)]
 
 
@@ -132,10 +132,10 @@ def test_a_reply_to_another_request_is_refused_by_its_echo(echoes: list[str | No
     ]
     reply = Reply.model_validate({"results": ranked})
     if fits:
-        plan.accept(plan.batches[0], reply, Source(), 1)
+        plan.accept(plan.batches[0], reply, Source())
     else:
         with pytest.raises(APIResponseError, match="echoes other documents"):
-            plan.accept(plan.batches[0], reply, Source(), 1)
+            plan.accept(plan.batches[0], reply, Source())
 
 
 def test_the_echo_of_a_long_document_may_be_cut_but_not_be_anothers() -> None:
@@ -146,7 +146,7 @@ def test_the_echo_of_a_long_document_may_be_cut_but_not_be_anothers() -> None:
 
     def accept(*echoes: str) -> None:
         ranked = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
-        plan.accept(plan.batches[0], Reply.model_validate({"results": ranked}), Source(), 1)
+        plan.accept(plan.batches[0], Reply.model_validate({"results": ranked}), Source())
 
     accept(*texts)
     accept(texts[0][:30], texts[1][:300].lower())

@@ -79,8 +79,8 @@ def pools_of(reranker: Reranker) -> int:
 
 async def close_pool_of(reranker: Reranker, loop: asyncio.AbstractEventLoop) -> None:
     """Close the connections of an event loop, and leave them where they are held."""
-    for client in reranker._clients._loops[loop].values():
-        await client._client.aclose()
+    for client, _ in reranker._clients._loops[loop].values():
+        await client.aclose()
 
 
 def refusal_of(reranker: Reranker) -> Exception:
@@ -96,8 +96,7 @@ def http_settings_of(reranker: Reranker, mode: str) -> tuple[Any, float]:
         return pool._ssl_context, pool._keepalive_expiry
 
     async def aread() -> tuple[Any, float]:
-        async with reranker._clients.loop_client(reranker.endpoint()) as client:
-            return read(client)
+        return read(await reranker._clients.loop_client(reranker.endpoint()))
 
     return asyncio.run(aread()) if mode == "async" else read(reranker._clients.client(reranker.endpoint()))
 
