@@ -9,6 +9,12 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+AS_A_PAGE = {
+    ".ipynb)": ".md)",
+    "](../docs/": "](../",
+    "![png]": "![What the code above draws]",
+}
+"""What a notebook links to, on the site, and what its pictures are."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -18,6 +24,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         text, resources = exporter().from_filename(
             str(notebook), {"unique_key": notebook.stem}
         )
+        for stored, shown in AS_A_PAGE.items():
+            text = text.replace(stored, shown)
         files.append(
             File.generated(
                 config, f"notebooks/{notebook.stem}.md", content=text

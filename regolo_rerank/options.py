@@ -153,12 +153,12 @@ class Options(BaseModel):
     http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
         default=None, exclude=True, repr=False
     )
-    """The caller's own client for sync calls: its timeout, proxies and pool count, and it is never closed here."""
+    """The caller's own httpx client for sync calls: its timeout, proxies and pool count; it is never closed here."""
 
     async_http_client: SkipJsonSchema[
         Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
     ] = Field(default=None, exclude=True, repr=False)
-    """The same for async calls."""
+    """The same for async calls, an `httpx.AsyncClient`."""
 
     if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
         __signature__ = OptionsSignature()

@@ -82,7 +82,7 @@ def rank_changes(
         labels: What to call the N candidates, such as their titles; None takes their texts.
 
     Returns:
-        A figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
+        A Matplotlib figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
 
     Raises:
         InvalidInputError: An argument is no sequence of candidates, `after` holds what is not in `before`, or there

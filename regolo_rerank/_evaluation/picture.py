@@ -27,10 +27,10 @@ def evaluation_summary(evaluation: Figures) -> Picture:
     score threshold, or F1 where there are several variants.
 
     Args:
-        evaluation: What `evaluate` came to.
+        evaluation: The `Evaluation` that `evaluate` gave.
 
     Returns:
-        A figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
+        A Matplotlib figure, which a notebook shows and `savefig` writes; it is not registered with `pyplot`.
     """
     figure = Picture(figsize=_SIZE, layout="constrained")
     left, middle, right = figure.subplots(1, 3)

@@ -223,7 +223,7 @@ def test_the_api_page_can_be_read(site: Path) -> None:
 
 
 def test_a_notebook_is_a_page(site: Path) -> None:
-    """Each is there with its code, what it printed and its pictures, and is found in the navigation."""
+    """Each is there with its code, what it printed and its pictures, is found in the navigation, and links pages."""
     front = (site / "index.html").read_text("utf-8")
     notebooks = sorted(ROOT.glob("notebooks/*.ipynb"))
     assert notebooks
@@ -238,6 +238,7 @@ def test_a_notebook_is_a_page(site: Path) -> None:
         shown = re.findall(rf'<img [^>]*src="([^"]*{notebook.stem}_[^"]*\.png)"', text)
         assert len(shown) == len(pictures)
         assert all((page.parent / each).is_file() for each in shown)
+        assert not re.findall(r'alt="png"|href="[^"]*\.(?:ipynb|md)[#"]|<code>[^<]*\.(?:ipynb|md)</code>', text)
 
 
 def test_code_is_80_columns_wide_at_most(site: Path) -> None:
