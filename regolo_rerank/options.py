@@ -277,15 +277,16 @@ class Options(BaseModel):
                 return endpoint
         raise InvalidInputError(problem)
 
-    def fields_for(self, endpoint: Endpoint) -> dict[str, Any]:
+    def fields_for(self, endpoint: Endpoint, prompt_format: PromptFormat) -> dict[str, Any]:
         """Return the fields of a request to an endpoint besides those that the API names.
 
         Args:
             endpoint: Where requests go.
+            prompt_format: How their strings are written.
         """
         # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
         refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
-        return refusal | self.format_for(endpoint).format_fields(self.instruction) | (self.extra_body or {})
+        return refusal | prompt_format.format_fields(self.instruction) | (self.extra_body or {})
 
     def key_for(self, endpoint: Endpoint) -> SecretStr | None:
         """Return the API key to send to an endpoint, or None to send none.

@@ -91,7 +91,10 @@ class PromptFormat(BaseModel):
             instruction: The task in a sentence; left out where the template has no place for it.
         """
         values = {"query": query, "instruction": instruction}
-        return _PLACEHOLDER.sub(lambda found: self._fill(found.string[: found.start()], values[found[1]]), self.query)
+        parts = _PLACEHOLDER.split(self.query)  # text, name, text, name, text
+        for place in range(1, len(parts), 2):
+            parts[place] = self._fill(parts[place - 1], values[parts[place]])
+        return "".join(parts)
 
     def format_document(self, document: str) -> str:
         """Return the document string of a request.

@@ -7,6 +7,7 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, pairwise
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from regolo_rerank._wire.messages import Reply, encode, repair
@@ -125,11 +126,11 @@ class Plan:
             scores[batch[result.index]] = result.relevance_score
         if len(scores) < asked:
             raise _distrust(f"it ranks {len(scores)} documents where {asked} were asked for", source)
-        echoes = [(batch[result.index], echo) for result in reply.results if (echo := result.echo) is not None]
-        expected = self._format.format_documents([self.texts[slot] for slot, _ in echoes])
-        for (_, echo), text in zip(echoes, expected, strict=True):
-            if echo != text and not _may_mean(echo, repair(text)):
-                raise _distrust("it echoes other documents than were sent", source)
+        if echoes := {batch[result.index]: echo for result in reply.results if (echo := result.echo) is not None}:
+            expected = self._format.format_documents([self.texts[slot] for slot in echoes])
+            for echo, text in zip(echoes.values(), expected, strict=True):
+                if echo != text and not _may_mean(echo, repair(text)):
+                    raise _distrust("it echoes other documents than were sent", source)
         self._scores.update(scores)
         self._sources[batch] = source
 
@@ -182,7 +183,7 @@ class Plan:
             for index, slot in enumerate(self._slots)
             if slot in scores
         ]
-        ranked.sort(key=lambda result: -result.relevance_score)
+        ranked.sort(key=attrgetter("relevance_score"), reverse=True)
         ranked = ranked[: options.top_n]
         if options.score_threshold is not None:
             # No blank document passes a threshold.

@@ -13,7 +13,7 @@ from regolo_rerank._transports.spread import Done
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from regolo_rerank._wire.source import read_source, refuse_substitute
-from regolo_rerank.errors import BadRequestError, RegoloError
+from regolo_rerank.errors import BadRequestError, InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
 
 __all__ = ["Call", "Event"]
@@ -56,7 +56,7 @@ class Call(Generic[Event]):
                 config.require_key()
             else:
                 done.set()
-        except RegoloError as error:
+        except InvalidInputError as error:
             self.fail(error)
 
     def accept(

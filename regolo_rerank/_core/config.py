@@ -53,7 +53,7 @@ class RequestConfig:
         self.callers_client = callers_client
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)
-        self.fields = options.fields_for(self.endpoint)
+        self.fields = options.fields_for(self.endpoint, self.prompt_format)
         self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}

@@ -48,14 +48,16 @@ def check_documents(documents: Iterable[T], *kinds: type, name: str = "documents
     Raises:
         InvalidInputError: It is a single document, has no order to take indices from, or holds something else.
     """
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    alone = (str, bytes, Mapping, AbstractSet, *kinds)
-    if isinstance(documents, alone) or not isinstance(documents, Iterable):
-        raise InvalidInputError(f"{name}: must be a list of {wanted}, got {type(documents).__name__}")
+    if isinstance(documents, (str, bytes, Mapping, AbstractSet, *kinds)) or not isinstance(documents, Iterable):
+        raise InvalidInputError(f"{name}: must be a list of {_name(kinds)}, got {type(documents).__name__}")
     listed = list(documents)
     if not set(map(type, listed)) <= set(kinds):
         for index, document in enumerate(listed):
             if not isinstance(document, kinds):
                 given = type(document).__name__
-                raise InvalidInputError(f"{name}[{index}]: must be {wanted}, got {given}{advise(given, kinds)}")
+                raise InvalidInputError(f"{name}[{index}]: must be {_name(kinds)}, got {given}{advise(given, kinds)}")
     return listed
+
+
+def _name(kinds: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)

@@ -30,23 +30,20 @@ def finish_in_order(calls: Iterator[Call[Done]], max_workers: int, client: httpx
     queue: WorkQueue[Done] = WorkQueue(max_workers)
     threads = _Threads(queue, client)
     pending: deque[Call[Done]] = deque()
-    end: Exception | None = None
     try:
-        while pending or end is None:
-            while end is None and _wants_more(pending, queue.read_ahead):
-                try:
-                    call = next(calls)
-                except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
-                    end = error
-                else:
-                    pending.append(call)
-                    queue.put(call)
-                    threads.start()
-            if pending:
-                pending[0].done.wait()
-                yield pending.popleft()
-        if not isinstance(end, StopIteration):
-            raise end
+        for call in calls:
+            pending.append(call)
+            queue.put(call)
+            threads.start()
+            while not _wants_more(pending, queue.read_ahead):
+                yield _finish_first(pending)
+    except Exception:
+        while pending:
+            yield _finish_first(pending)
+        raise
+    else:
+        while pending:
+            yield _finish_first(pending)
     finally:
         for call in pending:
             call.close()
@@ -55,6 +52,11 @@ def finish_in_order(calls: Iterator[Call[Done]], max_workers: int, client: httpx
 def _wants_more(pending: deque[Call[Done]], read_ahead: int) -> bool:
     # Enough calls keep every worker busy; but nobody waits for a slow source while the next ranking is there.
     return len(pending) < read_ahead and not (0 < len(pending) <= read_ahead // 2 and pending[0].done.is_set())
+
+
+def _finish_first(pending: deque[Call[Done]]) -> Call[Done]:
+    pending[0].done.wait()
+    return pending.popleft()
 
 
 class _Threads:
@@ -87,7 +89,8 @@ class _Threads:
                 if job.call.done.is_set() and not isinstance(error, Exception):
                     raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
-            self.start()  # there may be room for one worker more
+            if self._queue.max_workers > 1:
+                self.start()  # there may be room for one more
 
     def _rank(self, job: Job[Done]) -> None:
         flow = rank_batch(job, self._queue)

@@ -41,14 +41,15 @@ class _Spread(Generic[P]):
         except IndexError:
             return self._open()
 
-    def _keep(self, pool: P) -> None:
-        self._idle.append((time.monotonic(), pool))
-
-    def _drop(self) -> Iterator[P]:
+    def _drop(self) -> list[P]:
         """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
-        with suppress(IndexError):  # none is left, or another thread has taken it
+        dropped = []
+        try:
             while time.monotonic() - self._idle[0][0] >= (0.0 if self._closed else KEEPALIVE):
-                yield self._idle.popleft()[1]
+                dropped.append(self._idle.popleft()[1])
+        except IndexError:
+            pass  # none is left, or another thread has taken it
+        return dropped
 
 
 class Done:
@@ -144,17 +145,15 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
 
     def give_back(self, pool: _Pool) -> None:
         """Keep a pool for the next request."""
-        self._keep(pool)
-        self._close_idle()
+        self._idle.append((time.monotonic(), pool))
+        for dropped in self._drop():
+            dropped.close()
 
     def close(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
         self._closed = True
-        self._close_idle()
-
-    def _close_idle(self) -> None:
-        for pool in self._drop():
-            pool.close()
+        for dropped in self._drop():
+            dropped.close()
 
 
 class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTransport):
@@ -176,17 +175,15 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
 
     async def give_back(self, pool: httpx.AsyncHTTPTransport) -> None:
         """Keep a pool for the next request."""
-        self._keep(pool)
-        await self._close_idle()
+        self._idle.append((time.monotonic(), pool))
+        for dropped in self._drop():
+            await dropped.aclose()
 
     async def aclose(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
         self._closed = True
-        await self._close_idle()
-
-    async def _close_idle(self) -> None:
-        for pool in self._drop():
-            await pool.aclose()
+        for dropped in self._drop():
+            await dropped.aclose()
 
 
 class _Body(httpx.SyncByteStream):

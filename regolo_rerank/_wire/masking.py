@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 from pydantic import SecretStr
@@ -43,6 +44,7 @@ def clean(value: Any, secret: SecretStr | None) -> str | None:
     return mask(repair(str(value)), secret)
 
 
+@lru_cache(maxsize=8)
 def spell(secret: SecretStr | None) -> set[str]:
     """Return the key as it is, and as JSON may write it."""
     key = secret.get_secret_value() if secret else ""

@@ -1,6 +1,6 @@
 """The name of a request, by which its reply is known and support can find it."""
 
-import uuid
+import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -18,7 +18,7 @@ _NAME: Final = "regolo_rerank-"
 
 def new_name() -> dict[str, str]:
     """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
-    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{uuid.uuid4().hex}")
+    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{os.urandom(16).hex()}")
 
 
 def is_reply_to_another(response: httpx.Response, headers: Mapping[str, str]) -> bool:
