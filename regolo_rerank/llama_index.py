@@ -176,7 +176,7 @@ def _add_metadata(node: BaseNode, further: dict[str, Any]) -> BaseNode:
 
 
 def _add_keys(keys: list[str], further: Iterable[str]) -> list[str]:
-    return [*keys, *(key for key in further if key not in keys)]
+    return list(dict.fromkeys([*keys, *further]))
 
 
 @dataclass(slots=True)

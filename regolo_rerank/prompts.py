@@ -117,11 +117,8 @@ class PromptFormat(BaseModel):
         if not self.escape:
             return [f"{before}{text}{after}" for text in documents]
         seam = before or self.query
-        # Few texts can hold part of a token, and one character is found ten times sooner than two.
-        return [
-            f"{before}{self._fill(seam, text) if '|' in text or text.endswith('<') else text}{after}"
-            for text in documents
-        ]
+        seam_opens = seam.endswith("<")
+        return [f"{before}{self._fill(seam, text) if seam_opens or '<' in text else text}{after}" for text in documents]
 
     def _fill(self, before: str, text: str) -> str:
         if not self.escape:

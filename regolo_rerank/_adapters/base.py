@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank._core.reranker import Reranker
@@ -34,10 +34,11 @@ class Outcome(Generic[T]):
 
 def report_ranking(response: RerankResponse) -> dict[str, Any]:
     """Return what traces and events tell of a ranking."""
+    usage = response.usage
     return {
         "response_id": response.id,
         "request_ids": response.request_ids,
-        "usage": asdict(response.usage),
+        "usage": {"total_tokens": usage.total_tokens, "requests": usage.requests, "cost": usage.cost},
         "fallback": False,
         "error": None,
     }

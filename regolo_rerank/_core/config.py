@@ -57,14 +57,14 @@ class RequestConfig:
         self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}
-        own = {name.lower(): value for name, value in (options.default_headers or {}).items()}
         self._headers = {
             "accept": "application/json",
             "accept-encoding": "gzip",
             "content-type": "application/json",
             "user-agent": user_agent,
-            **own,
         }
+        for name, value in (options.default_headers or {}).items():
+            self._headers[name.lower()] = value
         self._extensions: dict[str, Any] = {}
         if callers_client is None:
             self._extensions["timeout"] = dict.fromkeys(_WAITS, self.timeout)

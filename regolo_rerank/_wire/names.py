@@ -26,10 +26,12 @@ def is_reply_to_another(response: httpx.Response, headers: Mapping[str, str]) ->
 
     Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
     """
-    return "network_stream" in response.extensions and any(
-        (name := headers.get(header, "")).startswith(_NAME) and response.request.headers.get(header, "") not in name
-        for header in _NAME_HEADERS
-    )
+    if "network_stream" in response.extensions:
+        for header in _NAME_HEADERS:
+            name = headers.get(header, "")
+            if name.startswith(_NAME) and response.request.headers.get(header, "") not in name:
+                return True
+    return False
 
 
 def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:

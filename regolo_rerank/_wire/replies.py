@@ -138,9 +138,11 @@ def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple
 
 def _mask_reply(secret: SecretStr, reply: Reply, body: bytes | bytearray) -> Reply:
     """Return a reply that does not quote the key in what callers see of it."""
-    if not any(quoted.encode() in body for quoted in spell(secret)):
-        return reply
-    return reply.model_copy(update={name: mask_all(getattr(reply, name), secret) for name in ("id", "model", "meta")})
+    for quoted in spell(secret):
+        if quoted.encode() in body:
+            shown = {name: mask_all(getattr(reply, name), secret) for name in ("id", "model", "meta")}
+            return reply.model_copy(update=shown)
+    return reply
 
 
 def _find_error(reply: Any) -> dict[str, Any]:
