@@ -13,9 +13,6 @@ from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
 
-_WAITS = ("connect", "read", "write", "pool")
-"""What httpx has a timeout for."""
-
 
 class _BearerAuth(httpx.Auth):
     """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
@@ -65,11 +62,7 @@ class RequestConfig:
         }
         for name, value in (options.default_headers or {}).items():
             self._headers[name.lower()] = value
-        self._extensions: dict[str, Any] = {}
-        if callers_client is None:
-            self._extensions["timeout"] = dict.fromkeys(_WAITS, self.timeout)
-        if options.scorer is not None:
-            self._extensions[SCORER_EXTENSION] = options.scorer
+        self._extensions = {} if options.scorer is None else {SCORER_EXTENSION: options.scorer}
 
     def require_key(self) -> None:
         """Find the key, before the first request is sent.

@@ -110,8 +110,10 @@ class _Threads:
         if isinstance(step, Sleep):
             call.done.wait(step.seconds)
             return None
-        timeout = call.config.timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if (timeout := call.config.timeout) is not None:
+            deadline = time.monotonic() + timeout
+            step.extensions["timeout"] = {"connect": timeout, "read": timeout, "write": timeout}
         step.extensions[DONE_EXTENSION] = call.done
         response = self._client.send(step, **call.config.send_options)
         try:
