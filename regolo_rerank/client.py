@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 Pair = tuple[str, Iterable[str]]
 
+_PLACE = "pairs[{}]: "
+"""What an error says in front that is about a pair."""
+
 
 class CallArguments(TypedDict, total=False):
     """What a call of many queries takes besides them."""
@@ -232,13 +235,14 @@ class RegoloClient(Reranker):
     def _many(
         self, config: RequestConfig, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
     ) -> Generator[RerankResponse | RegoloError]:
-        calls, workers = (Call(config, pair, Done()) for pair in pairs), config.options.max_concurrency
+        calls = (Call(config, pair, Done(), _PLACE.format(index)) for index, pair in enumerate(pairs))
+        workers = config.options.max_concurrency
         with (
             progress(_count(pairs), unit="query", shown=show_progress) as advance,
             closing(threads.finish_in_order(calls, workers, self._client_for(config))) as finished,
         ):
-            for index, call in enumerate(finished):
-                outcome = _unwrap(call, index, return_exceptions=return_exceptions)
+            for call in finished:
+                outcome = _unwrap(call, return_exceptions=return_exceptions)
                 advance()
                 yield outcome
 
@@ -254,10 +258,8 @@ class RegoloClient(Reranker):
         with progress(_count(pairs), unit="query", shown=show_progress) as advance:
             client = await self._async_client_for(config)
             async with aclosing(tasks.FinishInOrder(calls, workers, client)) as finished:
-                index = 0
                 async for call in finished:
-                    outcome = _unwrap(call, index, return_exceptions=return_exceptions)
-                    index += 1
+                    outcome = _unwrap(call, return_exceptions=return_exceptions)
                     advance()
                     yield outcome
 
@@ -277,9 +279,11 @@ def _count(pairs: object) -> int | None:
 async def _open_calls(
     config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
 ) -> AsyncGenerator[Call[asyncio.Event]]:
+    index = 0
     async with aclosing(_iterate(pairs)) as given:
         async for pair in given:
-            yield Call(config, pair, asyncio.Event())
+            yield Call(config, pair, asyncio.Event(), _PLACE.format(index))
+            index += 1
 
 
 async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
@@ -291,16 +295,12 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _unwrap(call: Call[Event], index: int, *, return_exceptions: bool) -> RerankResponse | RegoloError:
+def _unwrap(call: Call[Event], *, return_exceptions: bool) -> RerankResponse | RegoloError:
     """Return what a call has come to; an error is raised, or returned where the caller wants that."""
     try:
         with ends_here:
-            try:
-                call.close()
-                return call.result()
-            except InvalidInputError as error:
-                problem = f"pairs[{index}]: {error}"
-            raise InvalidInputError(problem)
+            call.close()
+            return call.result()
     except RegoloError as error:
         if return_exceptions:
             return error.with_traceback(None)  # whose frames would keep the call and its documents

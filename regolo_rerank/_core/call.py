@@ -30,6 +30,7 @@ class Call(Generic[Event]):
         config: What its requests have in common.
         pair: The query and the documents; what is wrong with them, `result` raises.
         done: What is set when the call is ranked, has failed or was given up; whoever waits on its behalf wakes.
+        place: What an error says in front, where the pair is one of many.
 
     Attributes:
         plan: What is to be sent, and what was learnt of it.
@@ -38,7 +39,7 @@ class Call(Generic[Event]):
 
     plan: Plan
 
-    def __init__(self, config: RequestConfig, pair: object, done: Event) -> None:
+    def __init__(self, config: RequestConfig, pair: object, done: Event, place: str = "") -> None:
         self.config = config
         self.done: Event = done
         self.batches: list[range] = []
@@ -57,7 +58,7 @@ class Call(Generic[Event]):
             else:
                 done.set()
         except InvalidInputError as error:
-            self.fail(error)
+            self.fail(InvalidInputError(f"{place}{error}"))
 
     def accept(
         self, batch: range, status_code: int, headers: Mapping[str, str], body: bytes | bytearray, sent: int
