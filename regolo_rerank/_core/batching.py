@@ -4,13 +4,13 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 (a document's score does not depend on the others in its request), so the replies merge exactly.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from regolo_rerank._wire.messages import Reply, encode, repair
+from regolo_rerank._wire.replies import may_mean
 from regolo_rerank._wire.source import CACHE, Source, agree_on_model
 from regolo_rerank.errors import APIResponseError, InvalidInputError
 from regolo_rerank.options import Options
@@ -129,7 +129,7 @@ class Plan:
         if echoes := {batch[result.index]: echo for result in reply.results if (echo := result.echo) is not None}:
             expected = self._format.format_documents([self.texts[slot] for slot in echoes])
             for echo, text in zip(echoes.values(), expected, strict=True):
-                if echo != text and not _may_mean(echo, repair(text)):
+                if echo != text and not may_mean(echo, repair(text)):
                     raise _distrust("it echoes other documents than were sent", source)
         self._scores.update(scores)
         self._sources[batch] = source
@@ -204,17 +204,6 @@ def _find_distinct(documents: Sequence[str], longest: int | None) -> tuple[Seque
     texts = [text for text in numbers if text and not text.isspace()]
     numbers.update(zip(texts, range(len(texts)), strict=True))
     return [numbers[text] for text in scored], texts
-
-
-def _may_mean(echo: str, sent: str) -> bool:
-    """Return whether a server may mean what was sent; it may have cut, stripped or lower-cased it, or left tags out."""
-    shown = echo.strip()
-    return (bool(shown) and shown in sent) or _begins_in(echo, sent) or _begins_in(sent, echo)
-
-
-def _begins_in(part: str, whole: str) -> bool:
-    begin, text = (re.sub(r"\W+", "", side).casefold() for side in (part[:200], whole[:1_000]))
-    return bool(begin) and begin in text
 
 
 def _sum(figures: Iterable[Number | None]) -> Number | None:

@@ -18,90 +18,30 @@ __all__ = ["FinishInOrder", "finish"]
 
 async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
     """Send all batches of one call: in the caller's task where it has one, else in several."""
-    queue: WorkQueue[asyncio.Event] = WorkQueue(min(call.config.options.max_concurrency, len(call.batches)))
-    queue.put(call)
-    tasks = _Tasks(queue, client)
+    tasks = _Tasks(min(call.config.options.max_concurrency, len(call.batches)), client)
+    tasks.queue.put(call)
     try:
         await tasks.wait_for(call)
     finally:
         await tasks.stop()
 
 
-class FinishInOrder:
-    """Gives calls in their order, each when it is done; what could not become a call is passed through.
-
-    One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
-    would close it beside the one that goes through it.
-    """
-
-    def __init__(self, calls: AsyncGenerator[Call[asyncio.Event]], max_workers: int, client: httpx.AsyncClient) -> None:
-        self._calls = calls
-        self._queue: WorkQueue[asyncio.Event] = WorkQueue(max_workers)
-        self._tasks = _Tasks(self._queue, client)
-        self._pending: deque[Call[asyncio.Event]] = deque()
-        self._room = asyncio.Semaphore(self._queue.read_ahead)
-        self._reader = asyncio.create_task(self._read())
-        self._reader.add_done_callback(lambda _: self._tasks.progress.set())
-
-    async def _read(self) -> None:
-        async with aclosing(self._calls) as calls:
-            await self._room.acquire()
-            async for call in calls:
-                self._pending.append(call)
-                self._queue.put(call)
-                self._tasks.start()
-                self._tasks.progress.set()
-                await self._room.acquire()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Call[asyncio.Event]:
-        while not self._pending:
-            if self._reader.done():
-                self._reader.result()
-                raise StopAsyncIteration
-            await self._tasks.wait_for_progress()
-        await self._tasks.wait_for(self._pending[0])
-        self._room.release()
-        return self._pending.popleft()
-
-    async def aclose(self) -> None:
-        """Give up what is under way."""
-        for call in self._pending:
-            call.close()
-        self._reader.cancel()
-        await self._tasks.stop()
-        await asyncio.gather(self._reader, return_exceptions=True)
-
-
 class _Tasks:
     """The tasks that send a queue's batches; the caller's own where there may be only one."""
 
-    def __init__(self, queue: WorkQueue[asyncio.Event], client: httpx.AsyncClient) -> None:
-        self.progress = asyncio.Event()
-        self._queue = queue
+    def __init__(self, max_workers: int, client: httpx.AsyncClient) -> None:
+        self.queue: WorkQueue[asyncio.Event] = WorkQueue(max_workers)
         self._client = client
+        self._progress = asyncio.Event()
         self._workers: set[asyncio.Task[None]] = set()
 
     async def wait_for(self, call: Call[asyncio.Event]) -> None:
         """Wait until a call is done."""
-        if self._queue.max_workers == 1 and self._queue.add_workers():
+        if self.queue.max_workers == 1 and self.queue.add_workers():
             await self._work()
         while not call.done.is_set():
-            self.start()
-            await self.wait_for_progress()
-
-    async def wait_for_progress(self) -> None:
-        """Wait until a batch is ranked or has failed, or a call was read."""
-        await self.progress.wait()
-        self.progress.clear()
-
-    def start(self) -> None:
-        """Start as many workers as there is room and work for."""
-        for _ in range(self._queue.add_workers()):
-            self._workers.add(worker := asyncio.create_task(self._work()))
-            worker.add_done_callback(self._workers.discard)
+            self._start()
+            await self._wait_for_progress()
 
     async def stop(self) -> None:
         """Cancel all workers, and wait for their end."""
@@ -110,22 +50,32 @@ class _Tasks:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
 
+    async def _wait_for_progress(self) -> None:
+        """Wait until a batch is ranked or has failed, or a call was read."""
+        await self._progress.wait()
+        self._progress.clear()
+
+    def _start(self) -> None:
+        """Start as many workers as there is room and work for."""
+        for _ in range(self.queue.add_workers()):
+            self._workers.add(worker := asyncio.create_task(self._work()))
+            worker.add_done_callback(self._workers.discard)
+
     async def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self.queue.get()) is not None:
             try:
                 await self._rank(job)
-            except Exception as error:  # noqa: BLE001 - raised in the caller's task
-                job.call.fail(error)
             except BaseException as error:
-                self._queue.leave()  # somebody has cancelled this worker, and its batch is unranked
                 job.call.fail(error)
-                self.progress.set()
-                error.__traceback__ = None  # whose frames, some of anyio's, hold the task that holds the error
-                raise
-            self.progress.set()
+                if not isinstance(error, Exception):  # somebody has cancelled this worker
+                    self.queue.leave()
+                    error.__traceback__ = None  # whose frames, some of anyio's, hold the task that holds the error
+                    raise
+            finally:
+                self._progress.set()
 
     async def _rank(self, job: Job[asyncio.Event]) -> None:
-        flow = rank_batch(job, self._queue)
+        flow = rank_batch(job, self.queue)
         try:
             step = next(flow)
             while True:
@@ -155,3 +105,50 @@ class _Tasks:
                 await response.aclose()
             response.stream = READ
         return Reply(response.status_code, body.headers, body.content)
+
+
+class FinishInOrder(_Tasks):
+    """Gives calls in their order, each when it is done; what reading them has raised comes after those read before.
+
+    One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
+    would close it beside the one that goes through it.
+    """
+
+    def __init__(self, calls: AsyncGenerator[Call[asyncio.Event]], max_workers: int, client: httpx.AsyncClient) -> None:
+        super().__init__(max_workers, client)
+        self._calls = calls
+        self._pending: deque[Call[asyncio.Event]] = deque()
+        self._room = asyncio.Semaphore(self.queue.read_ahead)
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._progress.set())
+
+    async def _read(self) -> None:
+        async with aclosing(self._calls) as calls:
+            await self._room.acquire()
+            async for call in calls:
+                self._pending.append(call)
+                self.queue.put(call)
+                self._start()
+                self._progress.set()
+                await self._room.acquire()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Call[asyncio.Event]:
+        while not self._pending:
+            if self._reader.done():
+                self._reader.result()
+                raise StopAsyncIteration
+            await self._wait_for_progress()
+        await self.wait_for(self._pending[0])
+        self._room.release()
+        return self._pending.popleft()
+
+    async def aclose(self) -> None:
+        """Give up what is under way."""
+        for call in self._pending:
+            call.close()
+        self._reader.cancel()
+        await self.stop()
+        await asyncio.gather(self._reader, return_exceptions=True)

@@ -19,23 +19,22 @@ __all__ = ["finish", "finish_in_order"]
 
 def finish(call: Call[Done], client: httpx.Client) -> None:
     """Send all batches of one call: in the caller's thread where it has one, else in several."""
-    queue: WorkQueue[Done] = WorkQueue(min(call.config.options.max_concurrency, len(call.batches)))
-    queue.put(call)
-    _Threads(queue, client).start()
+    threads = _Threads(min(call.config.options.max_concurrency, len(call.batches)), client)
+    threads.queue.put(call)
+    threads.start()
     call.done.wait()
 
 
 def finish_in_order(calls: Iterator[Call[Done]], max_workers: int, client: httpx.Client) -> Generator[Call[Done]]:
     """Give calls in their order, each when it is done; what reading them has raised comes after those read before."""
-    queue: WorkQueue[Done] = WorkQueue(max_workers)
-    threads = _Threads(queue, client)
+    threads = _Threads(max_workers, client)
     pending: deque[Call[Done]] = deque()
     try:
         for call in calls:
             pending.append(call)
-            queue.put(call)
+            threads.queue.put(call)
             threads.start()
-            while not _wants_more(pending, queue.read_ahead):
+            while not _wants_more(pending, threads.queue.read_ahead):
                 yield _finish_first(pending)
     except Exception:
         while pending:
@@ -62,38 +61,36 @@ def _finish_first(pending: deque[Call[Done]]) -> Call[Done]:
 class _Threads:
     """The threads that send a queue's batches; the caller's own where there may be only one, or no other starts."""
 
-    def __init__(self, queue: WorkQueue[Done], client: httpx.Client) -> None:
-        self._queue = queue
+    def __init__(self, max_workers: int, client: httpx.Client) -> None:
+        self.queue: WorkQueue[Done] = WorkQueue(max_workers)
         self._client = client
 
     def start(self) -> None:
         """Start as many workers as there is room and work for."""
-        for _ in range(self._queue.add_workers()):
-            if self._queue.max_workers == 1 or not self._start_thread():
+        for _ in range(self.queue.add_workers()):
+            if self.queue.max_workers == 1:
+                self._work()
+                return
+            # A daemon, so that Ctrl-C ends the process at once; in a copy of the context, so that traces nest.
+            thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True, name="regolo_rerank")
+            try:
+                thread.start()
+            except RuntimeError:  # the system has none left
                 self._work()
 
-    def _start_thread(self) -> bool:
-        # A daemon, so that Ctrl-C ends the process at once; in a copy of the context, so that traces nest.
-        thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True, name="regolo_rerank")
-        try:
-            thread.start()
-        except RuntimeError:  # the system has none left
-            return False
-        return True
-
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self.queue.get()) is not None:
             try:
                 self._rank(job)
             except BaseException as error:
                 if job.call.done.is_set() and not isinstance(error, Exception):
                     raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
-            if self._queue.max_workers > 1:
+            if self.queue.max_workers > 1:
                 self.start()  # there may be room for one more
 
     def _rank(self, job: Job[Done]) -> None:
-        flow = rank_batch(job, self._queue)
+        flow = rank_batch(job, self.queue)
         try:
             step = next(flow)
             while True:

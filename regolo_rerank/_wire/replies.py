@@ -18,7 +18,7 @@ from regolo_rerank._wire.messages import Reply
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
-__all__ = ["advise_on_length", "parse_number", "read_error", "read_reply"]
+__all__ = ["advise_on_length", "may_mean", "parse_number", "read_error", "read_reply"]
 
 _CLIP: Final = 2_000
 
@@ -113,6 +113,22 @@ def advise_on_length(problem: str, index: int, length: int) -> str:
         f'max_document_chars={_CHARACTERS_A_TOKEN * tokens}, or with extra_body={{"truncate_prompt_tokens": {tokens}}} '
         f"where the server takes it, as vLLM does"
     )
+
+
+def may_mean(echo: str, sent: str) -> bool:
+    """Return whether a server may mean what was sent; it may have cut, stripped or lower-cased it, or left tags out.
+
+    Args:
+        echo: The document that it says it has scored.
+        sent: The document string of the request.
+    """
+    shown = echo.strip()
+    return (bool(shown) and shown in sent) or _begins_in(echo, sent) or _begins_in(sent, echo)
+
+
+def _begins_in(part: str, whole: str) -> bool:
+    begin, text = (re.sub(r"\W+", "", side).casefold() for side in (part[:200], whole[:1_000]))
+    return bool(begin) and begin in text
 
 
 def _advise(status_code: int, secret: SecretStr | None, url: httpx.URL | None) -> str:
