@@ -96,8 +96,7 @@ class Call(Generic[Event]):
 
     def close(self) -> None:
         """End the call, ranked or not, in the caller's thread; what it has learnt is kept in the cache."""
-        if not self.done.is_set():  # an interrupt in the first `set` may have left its lock locked
-            self.done.set()
+        self.done.set()
         if self._cache is not None:
             self._cache.write(self.plan.new_scores)
             self._cache = None
