@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,51 +17,9 @@ import pytest
 
 from regolo_rerank import RegoloClient, __version__
 from regolo_rerank._cli.main import main
+from tests.cli.conftest import DOCUMENTS, jsonl
 from tests.conftest import KEY
 from tests.support.stub import Received, Reply, Stub, error, results, scored
-
-DOCUMENTS = ["low score=0.1", "best score=0.9", "middle score=0.5"]
-
-HOSTILE = [
-    "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J\x7f gone",
-    "one\ttwo\u2028three\x0bfour \u202egnp.exe\u202c \u200bend",
-    "北京是中华人民共和国的首都" * 12,
-    "e\u0301" * 300,
-    "a" + "\u0301" * 100_000,
-    "❤\ufe0f 👩\u200d👩\u200d👧 " * 40,
-    "half a pair \ud800, a long enough text to be cut at any width" * 8,
-]
-
-
-@pytest.fixture
-def cities(tmp_path: Path) -> str:
-    """A file with one document a line."""
-    file = tmp_path / "cities.txt"
-    file.write_text("\n".join(DOCUMENTS), "utf-8")
-    return str(file)
-
-
-@pytest.fixture
-def at_stub(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """The stub server, set up in the environment as a user would, with a key."""
-    monkeypatch.setenv("REGOLO_API_KEY", KEY)
-    monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
-    return stub
-
-
-def jsonl(tmp_path: Path, *documents: str) -> str:
-    """Write documents that no plain line could hold, and return the file's name."""
-    file = tmp_path / "documents.JSONL"
-    file.write_text("\n".join(json.dumps({"text": document}) for document in documents), "utf-8")
-    return str(file)
-
-
-def columns(line: str) -> int:
-    """Return the columns of a line in a terminal."""
-    return sum(
-        0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
-        for character in line
-    )
 
 
 def test_a_table_shows_rank_score_bar_and_text_the_best_first(
@@ -210,75 +167,6 @@ def test_json_stays_readable_where_it_can(capsys: pytest.CaptureFixture[str], tm
     """Text of any language is written as itself on a UTF-8 standard output."""
     assert main(["rank", "北京", jsonl(tmp_path, "北京 è"), "--json", "--local"]) == 0
     assert '"北京 è"' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("width", [1, 20, 40, 80, 200])
-def test_the_table_fits_the_terminal_and_is_harmless(
-    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No document gets more than a line of the terminal's width, or a control or format character through."""
-    monkeypatch.setenv("COLUMNS", str(width))
-    assert main(["rank", "q", jsonl(tmp_path, *HOSTILE), "--local"]) == 0
-    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
-    assert len(lines) == len(HOSTILE)
-    assert all(columns(line) <= width and len(line) < 5_000 for line in lines)
-    assert not [c for line in lines for c in line if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}]
-    assert not any("\ufe0f" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("document", "shown", "width"),
-    [
-        ("\x1b[31m red\t\n2", r"\x1b[31m red 2", 34),
-        ("\u202egnp\u200b.exe", "gnp.exe", 27),
-        ("é" * 80, "é" * 39 + "…", 60),
-        ("a北" * 40, "a北" * 13 + "…", 60),
-        ("北京" * 40, "北京" * 9 + "北…", 59),
-        ("e\u0301" * 40, "e\u0301" * 40, 60),
-    ],
-    ids=["escape", "format", "narrow", "mixed", "wide", "combining"],
-)
-def test_hostile_text_can_still_be_read(
-    document: str,
-    shown: str,
-    width: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An escape is spelled out, white space is folded, and what is cut ends in an ellipsis at the terminal's edge."""
-    monkeypatch.setenv("COLUMNS", "60")
-    assert main(["rank", "q", jsonl(tmp_path, document), "--local"]) == 0
-    line = capsys.readouterr().out.removesuffix("\n")
-    assert line[20:] == shown
-    assert columns(line) == width
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        ([1.0, 0.5, 0.0], ["█" * 10, "█" * 5, ""]),
-        ([0.96, 0.04], ["█" * 9 + "▋", "▍"]),
-        ([6.0, 1.0, -4.0], ["█" * 10, "█" * 5, ""]),
-        ([3.5, 3.5], ["█" * 10, "█" * 10]),
-        ([1.7e308, 0.0, -1.7e308], ["█" * 10, "█" * 5, ""]),
-    ],
-)
-def test_bars_are_scaled_to_the_scores(
-    scores: list[float],
-    expected: list[str],
-    at_stub: Stub,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Probabilities fill their share of the bar, other scores their place between the worst and the best."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(b"%d" % i for i in range(len(scores))))))
-    at_stub.always(Reply(results(*enumerate(scores))))
-    assert main(["rank", "q"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[-13:-3].rstrip() for line in lines] == expected
-    assert all(len(line) <= 30 for line in lines)
 
 
 def test_ascii_output_gets_an_ascii_table(cities: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

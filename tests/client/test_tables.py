@@ -6,7 +6,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 
 from regolo_rerank import RegoloClient, RerankResponse, RerankResult
-from tests.cli.test_cli import HOSTILE, columns
+from tests.cli.test_tables import HOSTILE, columns
 from tests.conftest import Rank
 from tests.support.stub import Reply, Stub, results
 
