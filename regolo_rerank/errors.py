@@ -110,7 +110,7 @@ class PermissionDeniedError(APIStatusError):
 
 
 class NotFoundError(APIStatusError):
-    """404: nothing answers at this address; see `base_url`."""
+    """404: nothing reranks at this address; see `base_url`."""
 
 
 class RateLimitError(APIStatusError):

@@ -68,8 +68,8 @@ class AdapterOptions(Reranker):
 
     on_error: Literal["raise", "return_input"] = "raise"
     """What happens when the service fails (no connection, a timeout, 408, 429, 5xx, an untrustworthy reply):
-    "return_input" gives the first `top_n` documents in their own order, without a score and with a
-    `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
+    "return_input" gives the first `top_n` documents in their own order, without a relevance score and with
+    a `RerankFallbackWarning`. The caller's mistakes, such as a wrong key or bad input, raise in any case."""
 
     def _argument(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Return an argument of a call; one left None takes the object's option."""

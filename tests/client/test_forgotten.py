@@ -16,6 +16,7 @@ from tests.conftest import KEY
 from tests.support.faults import Fault, FaultServer, good, http, sends, stalls
 from tests.support.inside import workers
 from tests.support.observed import soon
+from tests.support.stub import Stub
 
 FAULTS: dict[str, list[Fault]] = {
     "at once": [],
@@ -80,3 +81,26 @@ def test_a_call_frees_its_documents(mode: str, faults: list[Fault], size: int, *
         if size > 1 and sys.version_info >= (3, 12):
             gc.collect()  # there an error that httpcore passes over, when it cannot write, holds its own frames
         assert not [text() for text in seen if text() is not None]
+
+
+def test_a_call_frees_its_requests(mode: str, stub: Stub) -> None:
+    """Requests and replies, whose bodies hold all documents once more, are gone with their call too."""
+    seen: list[weakref.ref[Any]] = []
+
+    def watch(response: httpx.Response) -> None:
+        seen.extend((weakref.ref(response.request), weakref.ref(response)))
+
+    async def awatch(response: httpx.Response) -> None:
+        watch(response)
+
+    def called() -> None:
+        with httpx.Client(event_hooks={"response": [watch]}) as own:
+            RegoloClient(KEY, base_url=stub.url, http_client=own).rerank("q", ["a"])
+
+    async def acalled() -> None:
+        async with httpx.AsyncClient(event_hooks={"response": [awatch]}) as own:
+            await RegoloClient(KEY, base_url=stub.url, async_http_client=own).arerank("q", ["a"])
+
+    with without_collector():
+        called() if mode == "sync" else asyncio.run(acalled())
+        assert [each() for each in seen] == [None, None]
