@@ -12,8 +12,8 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any, Final
 from weakref import finalize
 
@@ -58,33 +58,39 @@ class ScoreCache:
         """Return the scores that are known, by text."""
         self._keys = {text: self._key(text) for text in texts}
         known: dict[str, float] = {}
-        with self._try("read"):
+
+        def read() -> None:
             for text, key in self._keys.items():
                 score: Any = self._mapping.get(key)
                 # Whatever is no finite number is unknown.
                 number = isinstance(score, int | float) and not isinstance(score, bool)
                 if number and abs(score) <= sys.float_info.max:
                     known[text] = float(score)
+
+        self._try(read, "read")
         return known
 
     def write(self, scores: Mapping[str, float]) -> None:
         """Keep scores by text, of those texts that were looked up."""
-        if self._works:
-            with self._try("written"):
-                for text, score in scores.items():
-                    self._mapping[self._keys[text]] = score
+
+        def write() -> None:
+            for text, score in scores.items():
+                self._mapping[self._keys[text]] = score
+
+        self._try(write, "written")
 
     def _key(self, text: str) -> str:
         digest = self._digest.copy()
         digest.update(text.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    @contextmanager
-    def _try(self, what: str) -> Iterator[None]:
+    def _try(self, use: Callable[[], None], what: str) -> None:
         """Use the mapping, or do without it for the rest of the call where it fails."""
+        if not self._works:
+            return
         try:
             with _lock:  # mappings such as cachetools' are not made for threads
-                yield
+                use()
         except Exception as error:  # noqa: BLE001 - it is the caller's mapping, and may raise anything
             self._works = False
             words = f"the cache cannot be {what}, so this call goes on without it: {type(error).__name__}: {error}"

@@ -35,6 +35,10 @@ class Call(Generic[Event]):
     Attributes:
         plan: What is to be sent, and what was learnt of it.
         batches: One range a request; none where there is nothing to send.
+
+    Raises:
+        InvalidInputError: The key is malformed, or would travel in the clear.
+        MissingAPIKeyError: Something has to be sent, the endpoint demands a key, and there is none.
     """
 
     plan: Plan
@@ -53,12 +57,12 @@ class Call(Generic[Event]):
             self._cache = _open_cache(config, self.plan.query)
             self.plan.cut(self._cache.read(self.plan.texts) if self._cache else {})
             self.batches = self.plan.batches
-            if self.batches:
-                config.require_key()
-            else:
-                done.set()
         except InvalidInputError as error:
             self.fail(InvalidInputError(f"{place}{error}"))
+        if self.batches:
+            config.require_key()
+        else:
+            done.set()
 
     def accept(
         self, batch: range, status_code: int, headers: Mapping[str, str], body: bytes | bytearray, sent: int

@@ -13,6 +13,9 @@ from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
 
+_WAITS = ("connect", "read", "write", "pool")
+"""What httpx has a timeout for; its client fills in 5 seconds where a request says nothing."""
+
 
 class _BearerAuth(httpx.Auth):
     """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
@@ -62,7 +65,11 @@ class RequestConfig:
         }
         for name, value in (options.default_headers or {}).items():
             self._headers[name.lower()] = value
-        self._extensions = {} if options.scorer is None else {SCORER_EXTENSION: options.scorer}
+        self._extensions: dict[str, Any] = {}
+        if callers_client is None:
+            self._extensions["timeout"] = dict.fromkeys(_WAITS, self.timeout)
+        if options.scorer is not None:
+            self._extensions[SCORER_EXTENSION] = options.scorer
 
     def require_key(self) -> None:
         """Find the key, before the first request is sent.
@@ -83,7 +90,9 @@ class RequestConfig:
             return self.callers_client.build_request(
                 "POST", url, content=content, headers=headers, extensions=extensions
             )
-        # What httpx finds out by itself where it is given `content`, in half of the time that a request takes to make.
+        # httpx would work these out from `content`, which is half of what it costs to make a request.
         framing = {"host": url.netloc.decode(), "content-length": str(len(content))}
         stream = httpx.ByteStream(content)
-        return httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
+        request = httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
+        request.read()  # for whoever looks at its content
+        return request

@@ -110,8 +110,8 @@ class _Tasks:
 class FinishInOrder(_Tasks):
     """Gives calls in their order, each when it is done; what reading them has raised comes after those read before.
 
-    One task reads the calls, so that a slow source holds back no ranking. This is no generator: at its end asyncio
-    would close it beside the one that goes through it.
+    One task reads the calls, so that a slow source holds back no ranking. This is no async generator: when the loop
+    shuts down, asyncio would close it at the same time as its consumer.
     """
 
     def __init__(self, calls: AsyncGenerator[Call[asyncio.Event]], max_workers: int, client: httpx.AsyncClient) -> None:

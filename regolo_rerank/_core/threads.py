@@ -75,7 +75,7 @@ class _Threads:
             thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True, name="regolo_rerank")
             try:
                 thread.start()
-            except RuntimeError:  # the system has none left
+            except (RuntimeError, MemoryError):  # the system has none left, or no memory for one
                 self._work()
 
     def _work(self) -> None:
@@ -84,6 +84,7 @@ class _Threads:
                 self._rank(job)
             except BaseException as error:
                 if job.call.done.is_set() and not isinstance(error, Exception):
+                    self.queue.leave()
                     raise  # an interrupt of which the call would not tell any more
                 job.call.fail(error)
             if self.queue.max_workers > 1:
@@ -107,10 +108,8 @@ class _Threads:
         if isinstance(step, Sleep):
             call.done.wait(step.seconds)
             return None
-        deadline = None
-        if (timeout := call.config.timeout) is not None:
-            deadline = time.monotonic() + timeout
-            step.extensions["timeout"] = {"connect": timeout, "read": timeout, "write": timeout}
+        timeout = call.config.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         step.extensions[DONE_EXTENSION] = call.done
         response = self._client.send(step, **call.config.send_options)
         try:

@@ -35,11 +35,12 @@ class _Spread(Generic[P]):
         self._idle: deque[tuple[float, P]] = deque([(time.monotonic(), self._open())])
         self._closed = False
 
-    def _take(self) -> P:  # the one that was used last, whose connection is the likeliest to be open
+    def _take(self) -> tuple[float, P]:
+        """Return since when it is idle, and the pool that was used last: its connection is the likeliest to be open."""
         try:
-            return self._idle.pop()[1]
+            return self._idle.pop()
         except IndexError:
-            return self._open()
+            return time.monotonic(), self._open()
 
     def _drop(self) -> list[P]:
         """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
@@ -70,7 +71,7 @@ class Done:
         return self._is_set
 
     def wait(self, seconds: float = -1) -> None:
-        """Wait until the call has ended, or for some seconds."""
+        """Wait until the call has ended, for some seconds at most; -1 is for ever."""
         if self._gate.acquire(timeout=seconds):
             self._gate.release()
 
@@ -128,9 +129,10 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        pool = self._take()
-        done: Done = request.extensions[DONE_EXTENSION]
-        if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it will open a new connection
+        idle_since, pool = self._take()
+        done: Done = request.extensions.get(DONE_EXTENSION) or Done()
+        is_old = time.monotonic() - idle_since >= KEEPALIVE
+        if is_old or pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it opens a new connection
             request.extensions["trace"] = partial(pool.note, done)
         done.hold(pool)
         try:
@@ -164,7 +166,7 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        pool = self._take()
+        _, pool = self._take()
         try:
             response = await pool.handle_async_request(request)
         except BaseException:

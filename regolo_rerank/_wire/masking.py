@@ -1,8 +1,6 @@
 """The API key, where a server quotes it: "***" is shown."""
 
-import json
 import re
-from functools import lru_cache
 from typing import Any, Final
 
 from pydantic import SecretStr
@@ -44,9 +42,8 @@ def clean(value: Any, secret: SecretStr | None) -> str | None:
     return mask(repair(str(value)), secret)
 
 
-@lru_cache(maxsize=8)
 def spell(secret: SecretStr | None) -> set[str]:
     """Return the key as it is, and as JSON may write it."""
     key = secret.get_secret_value() if secret else ""
-    written = json.dumps(key)[1:-1]
+    written = key.replace("\\", "\\\\").replace('"', '\\"')
     return {key, written, written.replace("/", "\\/")} - {""}

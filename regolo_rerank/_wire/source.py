@@ -1,4 +1,4 @@
-"""Who has answered a request and what it cost, as far as the server says it.
+"""What a reply says besides its scores: who has answered, and what it cost, as far as the server says it.
 
 LiteLLM, the gateway software, may answer with another model than was asked for, where that one fails and a fallback is
 set up. Then `x-litellm-attempted-fallbacks` is above 0, and `x-litellm-model-group` names the model that has answered;
@@ -24,7 +24,7 @@ _log = logging.getLogger("regolo_rerank")
 
 
 class Source(NamedTuple):
-    """Where scores come from.
+    """What a reply says besides its scores.
 
     Attributes:
         model: The model that has answered; None where the server does not say.

@@ -180,3 +180,11 @@ def test_an_environment_that_cannot_be_used_is_an_error_of_ours(
     forget_certificates(monkeypatch)
     with pytest.raises(APIConnectionError, match="proxies or certificates cannot be used"):
         rank(RegoloClient(KEY), "q", ["a"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_request_says_where_it_goes(rank: Rank, stub: Stub, host: str) -> None:
+    """Host is the address's own, with its port, by which a proxy or a gateway finds the service."""
+    base_url = stub.url.replace("127.0.0.1", host)
+    rank(RegoloClient(KEY, base_url=base_url), "q", ["a"])
+    assert stub.received[0].headers["host"] == httpx.URL(base_url).netloc.decode()

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import signal
 import subprocess
 import threading
@@ -6,6 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from regolo_rerank import APITimeoutError, AuthenticationError, RateLimitError, RegoloClient
@@ -159,6 +161,26 @@ def test_a_cancelled_call_hangs_up(mode: str) -> None:
         assert workers() == threads
         assert soon(lambda: not server.connections)  # the server's threads see it a moment later
         assert len(server.received) == 4
+
+
+def test_httpx_waits_no_shorter_than_the_timeout(rank: Rank, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait of a request has the whole timeout: httpx's own 5 seconds, which its clients fill in, never count."""
+    seen: list[httpx.Request] = []
+    handle, ahandle = httpx.HTTPTransport.handle_request, httpx.AsyncHTTPTransport.handle_async_request
+
+    def watch(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return handle(transport, request)
+
+    async def awatch(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return await ahandle(transport, request)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", watch)
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", awatch)
+    rank(RegoloClient(KEY, base_url=stub.url, timeout=20), "q", ["a"])
+    assert set(seen[0].extensions["timeout"].values()) == {20}
+    assert json.loads(seen[0].content)["documents"]  # it may be looked at
 
 
 @pytest.mark.parametrize("where", ["headers", "body"])
