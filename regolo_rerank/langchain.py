@@ -20,7 +20,7 @@ from pydantic import SecretStr, model_validator
 
 from regolo_rerank._adapters.base import AdapterOptions, Outcome
 from regolo_rerank._adapters.spans import show_inputs, show_outputs
-from regolo_rerank._core.inputs import check_documents
+from regolo_rerank._wire.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse
 

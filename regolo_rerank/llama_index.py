@@ -19,7 +19,7 @@ from pydantic import model_validator
 
 from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_failure
 from regolo_rerank._adapters.spans import show_report
-from regolo_rerank._core.inputs import check_documents
+from regolo_rerank._wire.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError, ends_here
 from regolo_rerank.results import RerankResponse, Usage
 

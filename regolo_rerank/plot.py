@@ -18,8 +18,8 @@ try:
 except ImportError as error:
     raise ImportError('regolo_rerank.plot needs Matplotlib: pip install "regolo_rerank[plot]"') from error
 
-from regolo_rerank._core.inputs import check_documents
 from regolo_rerank._display.tables import align, clip, harmless, shown_score
+from regolo_rerank._wire.inputs import check_documents
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse, RerankResult
 

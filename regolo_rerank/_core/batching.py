@@ -161,12 +161,11 @@ class Plan:
             APIResponseError: Its scores come from several models.
         """
         sources = [self._sources[batch] for batch in self.batches]
-        if not sources:
-            return RerankResponse(results=self._rank())
+        first = sources[0] if sources else CACHE
         return RerankResponse(
-            id=sources[0].id,
+            id=first.id,
             results=self._rank(),
-            meta=sources[0].meta,
+            meta=first.meta,
             usage=Usage(
                 _sum(source.tokens for source in sources),
                 sum(source.requests for source in sources),

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from regolo_rerank._core.batching import Plan
 from regolo_rerank._core.cache import ScoreCache, name_scorer
 from regolo_rerank._core.config import RequestConfig
-from regolo_rerank._core.inputs import check_documents, check_pair, check_query
 from regolo_rerank._transports.spread import Done
+from regolo_rerank._wire.body import RawReply
+from regolo_rerank._wire.inputs import check_documents, check_pair, check_query
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
 from regolo_rerank._wire.source import read_source, refuse_substitute
@@ -64,24 +64,22 @@ class Call(Generic[Event]):
         else:
             done.set()
 
-    def accept(
-        self, batch: range, status_code: int, headers: Mapping[str, str], body: bytes | bytearray, sent: int
-    ) -> None:
+    def accept(self, batch: range, raw: RawReply, sent: int) -> None:
         """Take in the complete reply to a batch's request, its `sent`-th.
 
         Raises:
             APIStatusError: The server said no.
             APIResponseError: The reply cannot be trusted.
         """
-        url, key = self.config.endpoint.url, self.config.key
+        url, key, headers = self.config.endpoint.url, self.config.key, raw.headers
         request_id = request_id_of(headers, key)
-        _log.debug("%s answered %d to %d documents, request %s", url, status_code, len(batch), request_id)
-        if not 200 <= status_code < 300:
-            error = read_error(status_code, body, headers, key, url)
+        _log.debug("%s answered %d to %d documents, request %s", url, raw.status_code, len(batch), request_id)
+        if not 200 <= raw.status_code < 300:
+            error = read_error(raw.status_code, raw.content, headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
                 error.args = (f"{error}; {advise_on_length(str(error), *self.plan.find_longest(batch))}",)
             raise error
-        reply = read_reply(body, headers, key, url)
+        reply = read_reply(raw.content, headers, key, url)
         source = read_source(headers, reply, key, sent)
         if not self.config.options.allow_substitutes:
             refuse_substitute(self.config.options.model, source)

@@ -1,6 +1,5 @@
 """What all requests of a call have in common."""
 
-from collections.abc import Generator
 from typing import Any
 
 import httpx
@@ -12,20 +11,6 @@ from regolo_rerank._wire.names import new_name
 from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
-
-_WAITS = ("connect", "read", "write", "pool")
-"""What httpx has a timeout for; its client fills in 5 seconds where a request says nothing."""
-
-
-class _BearerAuth(httpx.Auth):
-    """Puts the key on the request at the last moment, so that no frame of ours ever holds the header."""
-
-    def __init__(self, key: SecretStr) -> None:
-        self._key = key
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
-        request.headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        yield request
 
 
 class RequestConfig:
@@ -41,6 +26,8 @@ class RequestConfig:
         InvalidInputError: Options contradict each other.
     """
 
+    key: SecretStr | None = None
+
     def __init__(
         self,
         options: Options,
@@ -54,7 +41,6 @@ class RequestConfig:
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)
         self.fields = options.fields_for(self.endpoint, self.prompt_format)
-        self.key: SecretStr | None = None
         self.timeout = None if callers_client is not None or self.endpoint.embedded else options.timeout
         self.send_options: dict[str, Any] = {"stream": True, "follow_redirects": False}
         self._headers = {
@@ -65,11 +51,7 @@ class RequestConfig:
         }
         for name, value in (options.default_headers or {}).items():
             self._headers[name.lower()] = value
-        self._extensions: dict[str, Any] = {}
-        if callers_client is None:
-            self._extensions["timeout"] = dict.fromkeys(_WAITS, self.timeout)
-        if options.scorer is not None:
-            self._extensions[SCORER_EXTENSION] = options.scorer
+        self._extensions = {} if options.scorer is None else {SCORER_EXTENSION: options.scorer}
 
     def require_key(self) -> None:
         """Find the key, before the first request is sent.
@@ -80,19 +62,20 @@ class RequestConfig:
         """
         self.key = self.options.key_for(self.endpoint)
         if self.key is not None:
-            self.send_options["auth"] = _BearerAuth(self.key)
+            self.send_options["auth"] = None  # that of a client of the caller's would take the key's place
 
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
         url, headers = self.endpoint.url, new_name() | self._headers
         extensions = dict(self._extensions)  # as the headers, each its own: tools that watch httpx write into them
-        if self.callers_client is not None:
-            return self.callers_client.build_request(
-                "POST", url, content=content, headers=headers, extensions=extensions
-            )
-        # httpx would work these out from `content`, which is half of what it costs to make a request.
-        framing = {"host": url.netloc.decode(), "content-length": str(len(content))}
-        stream = httpx.ByteStream(content)
-        request = httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
-        request.read()  # for whoever looks at its content
+        if client := self.callers_client:
+            request = client.build_request("POST", url, content=content, headers=headers, extensions=extensions)
+        else:
+            # httpx would work these out from `content`, which is half of what it costs to make a request.
+            framing = {"host": url.netloc.decode(), "content-length": str(len(content))}
+            stream = httpx.ByteStream(content)
+            request = httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
+            request.read()  # for whoever looks at its content
+        if self.key is not None:  # last, so that no frame of ours holds the header by itself
+            request.headers["Authorization"] = f"Bearer {self.key.get_secret_value()}"
         return request

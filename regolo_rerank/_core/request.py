@@ -1,14 +1,13 @@
 """What happens to one batch, written once: a generator that never waits and never does I/O.
 
-It yields what is to be done next, a request to send or a time to sleep, and is given the reply, or the exception that
+It yields what is to be done next, a request to send or seconds to sleep, and is given the reply, or the exception that
 came in its place, as `httpx.Auth.auth_flow` is. `threads` and `tasks` do what it says.
 """
 
 import logging
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 
@@ -18,32 +17,16 @@ from regolo_rerank._core.retry import is_over_parallel_limit
 from regolo_rerank._wire.failures import translate_error
 from regolo_rerank.errors import RateLimitError, RegoloError
 
-__all__ = ["Flow", "Reply", "Sleep", "rank_batch"]
+__all__ = ["rank_batch"]
 
 _log = logging.getLogger("regolo_rerank")
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Wait for some seconds, or until the call is done."""
-
-    seconds: float
-
-
-class Reply(NamedTuple):
-    """A complete reply: its status and headers, and its body as it was before it was compressed."""
-
-    status_code: int
-    headers: dict[str, str]
-    body: bytearray
-
-
-Flow = Generator[httpx.Request | Sleep, Any, None]
-"""A request is answered by its `Reply`, a `Sleep` by None."""
-
-
-def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
+def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Generator[httpx.Request | float, Any, None]:
     """Send a batch until its reply is accepted, its call is done, or the queue has taken it back.
+
+    Yields:
+        A request, for its `RawReply`, or the seconds to sleep while its call is not done.
 
     Raises:
         RegoloError: The last failure of a batch that cannot be ranked.
@@ -51,18 +34,18 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
     call, hold, retry = job.call, job.call.config.hold, job.retry
     retry.start()
     if pause := queue.pause():
-        yield Sleep(pause)
+        yield pause
     while not call.done.is_set():
         if held := hold.seconds_left():
             if not retry.allows(held):
                 raise hold.refusal()
-            yield Sleep(held)
+            yield held
             continue
         retry.sent += 1
         sent_at = time.monotonic()
         try:
-            reply: Reply = yield call.config.request(call.plan.encode(job.batch))
-            call.accept(job.batch, *reply, retry.sent)
+            reply = yield call.config.request(call.plan.encode(job.batch))
+            call.accept(job.batch, reply, retry.sent)
         except Exception as error:  # noqa: BLE001 - what is not of httpx is raised again
             timeout = call.config.timeout
             left = None if timeout is None else 0.9 * timeout - (time.monotonic() - sent_at)  # clocks are not exact
@@ -76,7 +59,7 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Flow:
         if is_over_parallel_limit(failure) and queue.put_back(job, sent_at):
             _log.warning("regolo_rerank: attempt %d failed, next when there is room: %s", retry.sent, failure)
             return
-        yield Sleep(_schedule_retry(job, failure))
+        yield _schedule_retry(job, failure)
 
 
 def _schedule_retry(job: Job[Event], failure: RegoloError) -> float:

@@ -100,14 +100,13 @@ class RetryState:
     def __init__(self, options: Options) -> None:
         self.sent = 0
         self._failures = 0
-        self._max_retries = options.max_retries
-        self._max_retry_seconds = options.max_retry_seconds
+        self._options = options
         self._deadline: float | None = None
 
     def start(self) -> None:
         """Start the clock, unless it runs: from here on, the request could be sent."""
         if self._deadline is None:
-            self._deadline = time.monotonic() + self._max_retry_seconds
+            self._deadline = time.monotonic() + self._options.max_retry_seconds
 
     def allows(self, seconds: float) -> bool:
         """Return whether an attempt may start after a wait."""
@@ -116,7 +115,7 @@ class RetryState:
     def delay_after(self, error: Exception, hold: RateLimitHold) -> float | None:
         """Return the seconds to wait after a failure, or None where it is final."""
         self._failures += 1
-        if self._failures > self._max_retries or not is_retryable(error):
+        if self._failures > self._options.max_retries or not is_retryable(error):
             return None
         named = getattr(error, "retry_after", None)
         if named is not None:

@@ -4,14 +4,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
-from regolo_rerank._core.request import Reply, Sleep, rank_batch
-from regolo_rerank._wire.body import READ, ReplyBody
+from regolo_rerank._core.request import rank_batch
+from regolo_rerank._wire.body import READ, RawReply
 
 __all__ = ["FinishInOrder", "finish"]
 
@@ -41,7 +41,8 @@ class _Tasks:
             await self._work()
         while not call.done.is_set():
             self._start()
-            await self._wait_for_progress()
+            await self._progress.wait()
+            self._progress.clear()
 
     async def stop(self) -> None:
         """Cancel all workers, and wait for their end."""
@@ -49,11 +50,6 @@ class _Tasks:
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _wait_for_progress(self) -> None:
-        """Wait until a batch is ranked or has failed, or a call was read."""
-        await self._progress.wait()
-        self._progress.clear()
 
     def _start(self) -> None:
         """Start as many workers as there is room and work for."""
@@ -88,23 +84,24 @@ class _Tasks:
         except StopIteration:
             return
 
-    async def _perform(self, step: httpx.Request | Sleep, call: Call[asyncio.Event]) -> Reply | None:
-        if isinstance(step, Sleep):
+    async def _perform(self, step: httpx.Request | float, call: Call[asyncio.Event]) -> RawReply | None:
+        if isinstance(step, float):
             with suppress(TimeoutError):
-                async with asyncio.timeout(step.seconds):
+                async with asyncio.timeout(step):
                     await call.done.wait()
             return None
         async with asyncio.timeout(call.config.timeout):
             response = await self._client.send(step, **call.config.send_options)
+            stream: Any = response.stream  # `aiter_raw` is this with a count
             try:
-                body = ReplyBody(response, deadline=None)
-                if not body.is_complete:
-                    async for chunk in response.aiter_raw():
-                        body.add(chunk)
+                reply = RawReply(response, deadline=None)
+                if not reply.is_complete:
+                    async for chunk in stream:
+                        reply.add(chunk)
             finally:
                 await response.aclose()
             response.stream = READ
-        return Reply(response.status_code, body.headers, body.content)
+        return reply
 
 
 class FinishInOrder(_Tasks):
@@ -140,7 +137,8 @@ class FinishInOrder(_Tasks):
             if self._reader.done():
                 self._reader.result()
                 raise StopAsyncIteration
-            await self._wait_for_progress()
+            await self._progress.wait()
+            self._progress.clear()
         await self.wait_for(self._pending[0])
         self._room.release()
         return self._pending.popleft()

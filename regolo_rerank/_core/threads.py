@@ -5,14 +5,15 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextvars import copy_context
+from typing import Any
 
 import httpx
 
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
-from regolo_rerank._core.request import Reply, Sleep, rank_batch
+from regolo_rerank._core.request import rank_batch
 from regolo_rerank._transports.spread import DONE_EXTENSION, Done
-from regolo_rerank._wire.body import READ, ReplyBody
+from regolo_rerank._wire.body import READ, RawReply
 
 __all__ = ["finish", "finish_in_order"]
 
@@ -104,20 +105,23 @@ class _Threads:
         except StopIteration:
             return
 
-    def _perform(self, step: httpx.Request | Sleep, call: Call[Done]) -> Reply | None:
-        if isinstance(step, Sleep):
-            call.done.wait(step.seconds)
+    def _perform(self, step: httpx.Request | float, call: Call[Done]) -> RawReply | None:
+        if isinstance(step, float):
+            call.done.wait(step)
             return None
-        timeout = call.config.timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if (timeout := call.config.timeout) is not None:
+            deadline = time.monotonic() + timeout
+            step.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
         step.extensions[DONE_EXTENSION] = call.done
         response = self._client.send(step, **call.config.send_options)
+        stream: Any = response.stream  # `iter_raw` is this with a count
         try:
-            body = ReplyBody(response, deadline)
-            if not body.is_complete:
-                for chunk in response.iter_raw():
-                    body.add(chunk)
+            reply = RawReply(response, deadline)
+            if not reply.is_complete:
+                for chunk in stream:
+                    reply.add(chunk)
         finally:
             response.close()
             response.stream = READ
-        return Reply(response.status_code, body.headers, body.content)
+        return reply

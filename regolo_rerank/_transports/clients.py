@@ -57,8 +57,10 @@ class Clients:
         clients = self._loops.setdefault(loop, {})
         if endpoint not in clients:
             transport = EmbeddedTransport() if endpoint.embedded else _open(AsyncSpreadTransport, endpoint)
-            clients[endpoint] = _AsyncClient(transport=transport, trust_env=False), _close_with_loop(transport)
-            await anext(clients[endpoint][1])
+            guard = _close_with_loop(transport)
+            await anext(guard)
+            # A timeout of its own for each wait would cost 3 % of a call, and `tasks` has one around all of them.
+            clients[endpoint] = _AsyncClient(transport=transport, trust_env=False, timeout=None), guard
         return clients[endpoint][0]
 
     def close(self) -> None:

@@ -30,26 +30,24 @@ class _Spread(Generic[P]):
     """The pools that no request uses; deques are safe to share between threads."""
 
     def __init__(self, kind: type[P], **settings: Any) -> None:
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE)
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
         self._open: Callable[[], P] = lambda: kind(limits=limits, **settings)
         self._idle: deque[tuple[float, P]] = deque([(time.monotonic(), self._open())])
         self._closed = False
 
-    def _take(self) -> tuple[float, P]:
-        """Return since when it is idle, and the pool that was used last: its connection is the likeliest to be open."""
+    def _take(self) -> P:
+        """Return the pool that was used last: its connection is the likeliest to be open."""
         try:
-            return self._idle.pop()
+            return self._idle.pop()[1]
         except IndexError:
-            return time.monotonic(), self._open()
+            return self._open()
 
     def _drop(self) -> list[P]:
         """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
         dropped = []
-        try:
+        with suppress(IndexError):  # none is left, or another thread has taken it
             while time.monotonic() - self._idle[0][0] >= (0.0 if self._closed else KEEPALIVE):
                 dropped.append(self._idle.popleft()[1])
-        except IndexError:
-            pass  # none is left, or another thread has taken it
         return dropped
 
 
@@ -129,10 +127,11 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        idle_since, pool = self._take()
+        for dropped in self._drop():
+            dropped.close()
+        pool = self._take()
         done: Done = request.extensions.get(DONE_EXTENSION) or Done()
-        is_old = time.monotonic() - idle_since >= KEEPALIVE
-        if is_old or pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it opens a new connection
+        if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it opens a new connection
             request.extensions["trace"] = partial(pool.note, done)
         done.hold(pool)
         try:
@@ -148,8 +147,8 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
     def give_back(self, pool: _Pool) -> None:
         """Keep a pool for the next request."""
         self._idle.append((time.monotonic(), pool))
-        for dropped in self._drop():
-            dropped.close()
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
@@ -166,7 +165,9 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        _, pool = self._take()
+        for dropped in self._drop():
+            await dropped.aclose()
+        pool = self._take()
         try:
             response = await pool.handle_async_request(request)
         except BaseException:
@@ -178,8 +179,8 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
     async def give_back(self, pool: httpx.AsyncHTTPTransport) -> None:
         """Keep a pool for the next request."""
         self._idle.append((time.monotonic(), pool))
-        for dropped in self._drop():
-            await dropped.aclose()
+        if self._closed:
+            await self.aclose()
 
     async def aclose(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""

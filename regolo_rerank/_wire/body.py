@@ -1,4 +1,4 @@
-"""The body of a reply, collected within bounds: of size, of time, and of what a compressed body grows to."""
+"""A reply as it comes in, collected within bounds: of size, of time, and of what a compressed body grows to."""
 
 import time
 import zlib
@@ -9,7 +9,7 @@ import httpx
 from regolo_rerank._wire.names import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
-__all__ = ["MAX_REPLY_BYTES", "READ", "ReplyBody"]
+__all__ = ["MAX_REPLY_BYTES", "READ", "RawReply"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a reply, as they come or decompressed, after which it is refused."""
@@ -21,14 +21,15 @@ _GZIP: Final = 31
 """What zlib calls gzip."""
 
 
-class ReplyBody:
-    """Collects the raw bytes of a reply, and decompresses them.
+class RawReply:
+    """A reply whose raw bytes are collected and decompressed here.
 
     Args:
         response: The reply, its body still to come.
         deadline: When the body has to be complete, by the monotonic clock; None is never.
 
     Attributes:
+        status_code: The HTTP status.
         headers: The reply's headers, as a dict: httpx's own takes long to look anything up.
         content: The bytes so far, decompressed; none of an error reply that cannot be, whose status tells enough.
         is_complete: Whether there is nothing to read, as in a reply that a mock has made.
@@ -38,6 +39,7 @@ class ReplyBody:
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
+        self.status_code = response.status_code
         self.headers = dict(response.headers.items())
         if is_reply_to_another(response, self.headers):  # its connection closes with its body unread
             raise APIResponseError("the reply cannot be trusted: it belongs to another request")

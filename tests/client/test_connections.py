@@ -22,9 +22,10 @@ from tests.support.inside import (
     allow_replies_of,
     close_pool_of,
     connections_of,
-    http_settings_of,
+    keep_idle_for,
     loops_of,
     pools_of,
+    ssl_context_of,
     workers,
 )
 from tests.support.observed import sockets, soon
@@ -286,13 +287,34 @@ def test_a_reply_that_is_not_read_to_its_end_takes_its_connection_along(
 
 @pytest.mark.parametrize("host", ["https://127.0.0.1", "https://api.regolo.ai"])
 def test_https_verifies_certificates(mode: str, host: str) -> None:
-    """Whoever holds the connection, https goes by the shared context, and idle connections are kept for a minute."""
-    client = RegoloClient(KEY, base_url=host)
-    context, kept = http_settings_of(client, mode)
-    assert context is http_settings_of(RegoloClient(KEY, base_url=host), mode)[0]
+    """Whoever holds the connection, https goes by the shared context."""
+    context = ssl_context_of(RegoloClient(KEY, base_url=host), mode)
+    assert context is ssl_context_of(RegoloClient(KEY, base_url=host), mode)
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     assert context.get_ca_certs()
-    assert kept == 60
+
+
+def test_what_was_idle_for_too_long_is_not_used_again(mode: str, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call closes the connections that were idle for too long, and opens one of its own."""
+    stub.reply = together(3)
+    client = RegoloClient(KEY, base_url=stub.url, batch_size=1)
+
+    async def rank(documents: list[str]) -> None:
+        if mode == "async":
+            await client.arerank("q", documents)
+        else:
+            client.rerank("q", documents)
+
+    async def three_requests_and_one() -> None:
+        before = sockets()
+        await rank(["a", "b", "c"])
+        keep_idle_for(0.0, monkeypatch)
+        stub.reply = scored
+        await rank(["a"])
+        assert stub.connections == 4
+        assert soon(lambda: sockets() == before + 2)  # both ends of one connection
+
+    asyncio.run(three_requests_and_one())
 
 
 def test_connections_are_kept_across_calls(mode: str, client: RegoloClient, stub: Stub) -> None:

@@ -4,6 +4,7 @@ Unit tests whose subject is a module of the inside import that module by themsel
 """
 
 import asyncio
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from regolo_rerank._cli import output
 from regolo_rerank._cli.main import main
 from regolo_rerank._core import queue, retry
 from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._transports import clients, scorer
+from regolo_rerank._transports import clients, scorer, spread
 from regolo_rerank._transports.local import answer
 from regolo_rerank._wire import body
 
@@ -30,14 +31,15 @@ __all__ = [
     "forget_refusals_after",
     "forget_word_vectors",
     "hide_word_vectors",
-    "http_settings_of",
     "is_worker",
+    "keep_idle_for",
     "limit_pictures_to",
     "loops_of",
     "main",
     "pools_of",
     "private_state_of",
     "refusal_of",
+    "ssl_context_of",
     "watch_bulk_files",
     "workers",
     "write_labels",
@@ -88,14 +90,14 @@ def refusal_of(reranker: Reranker) -> Exception:
     return reranker._hold._refusal
 
 
-def http_settings_of(reranker: Reranker, mode: str) -> tuple[Any, float]:
-    """Return the SSL context and the seconds that an idle connection is kept, of a reranker's sync or async calls."""
+def ssl_context_of(reranker: Reranker, mode: str) -> ssl.SSLContext:
+    """Return the SSL context of a reranker's sync or async calls."""
 
-    def read(client: Any) -> tuple[Any, float]:
-        pool = client._transport._idle[0][1]._pool
-        return pool._ssl_context, pool._keepalive_expiry
+    def read(client: Any) -> ssl.SSLContext:
+        context: ssl.SSLContext = client._transport._idle[0][1]._pool._ssl_context
+        return context
 
-    async def aread() -> tuple[Any, float]:
+    async def aread() -> ssl.SSLContext:
         return read(await reranker._clients.loop_client(reranker.endpoint()))
 
     return asyncio.run(aread()) if mode == "async" else read(reranker._clients.client(reranker.endpoint()))
@@ -139,6 +141,11 @@ def allow_replies_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_refusals_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a call try so many seconds after a refusal for too many parallel requests whether the limit still holds."""
     monkeypatch.setattr(queue, "_MEMORY", seconds)
+
+
+def keep_idle_for(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a connection that was idle for so many seconds be closed by the next call."""
+    monkeypatch.setattr(spread, "KEEPALIVE", seconds)
 
 
 def forget_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
