@@ -87,15 +87,16 @@ class RegoloClient(Reranker):
             APIStatusError: The server said no; the subclass says why.
             APIResponseError: The server's reply cannot be trusted.
         """
-        return self._rank(
-            query,
-            documents,
-            top_n=top_n,
-            model=model,
-            instruction=instruction,
-            score_threshold=score_threshold,
-            extra_body=extra_body,
-        )
+        with ends_here:
+            return self._rank(
+                query,
+                documents,
+                top_n=top_n,
+                model=model,
+                instruction=instruction,
+                score_threshold=score_threshold,
+                extra_body=extra_body,
+            )
 
     async def arerank(
         self,
@@ -109,15 +110,16 @@ class RegoloClient(Reranker):
         extra_body: dict[str, Any] | None = None,
     ) -> RerankResponse:
         """Rank documents as `rerank` does, without blocking the event loop; may be cancelled at any time."""
-        return await self._arank(
-            query,
-            documents,
-            top_n=top_n,
-            model=model,
-            instruction=instruction,
-            score_threshold=score_threshold,
-            extra_body=extra_body,
-        )
+        with ends_here:
+            return await self._arank(
+                query,
+                documents,
+                top_n=top_n,
+                model=model,
+                instruction=instruction,
+                score_threshold=score_threshold,
+                extra_body=extra_body,
+            )
 
     @overload
     def rerank_many(

@@ -81,7 +81,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     if TYPE_CHECKING:  # an argument only, which becomes api_key
         regolo_api_key: SecretStr | str | None = None
 
-    framework: ClassVar[str] = f"langchain-core/{langchain_version}"
+    user_agent: ClassVar[str] = f"{AdapterOptions.user_agent} langchain-core/{langchain_version}"
 
     @model_validator(mode="before")
     @classmethod

@@ -84,7 +84,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     """Whether the retriever's score is kept in the metadata as `retrieval_score`, hidden from the LLM and from
     embeddings."""
 
-    framework: ClassVar[str] = f"llama-index-core/{llama_index_version}"
+    user_agent: ClassVar[str] = f"{AdapterOptions.user_agent} llama-index-core/{llama_index_version}"
 
     @classmethod
     def class_name(cls) -> str:

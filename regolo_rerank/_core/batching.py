@@ -4,22 +4,20 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 (a document's score does not depend on the others in its request), so the replies merge exactly.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, islice, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 from regolo_rerank._wire.messages import Reply, encode, repair
 from regolo_rerank._wire.replies import may_mean
-from regolo_rerank._wire.source import CACHE, Source, agree_on_model
+from regolo_rerank._wire.source import CACHE, Source, add_up, agree_on_model
 from regolo_rerank.errors import APIResponseError, InvalidInputError
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PromptFormat
-from regolo_rerank.results import RerankResponse, RerankResult, Usage
+from regolo_rerank.results import RerankResponse, RerankResult
 
 __all__ = ["Plan"]
-
-Number = TypeVar("Number", int, float)
 
 _BYTES_A_CHARACTER = 6
 """Of JSON at most: a control character is written as `\\u0000`."""
@@ -166,11 +164,7 @@ class Plan:
             id=first.id,
             results=self._rank(),
             meta=first.meta,
-            usage=Usage(
-                _sum(source.tokens for source in sources),
-                sum(source.requests for source in sources),
-                _sum(source.cost for source in sources),
-            ),
+            usage=add_up(sources),
             request_ids=[source.request_id for source in sources if source.request_id is not None],
             model=agree_on_model(self._options.model, [*self._known, *sources]),
         )
@@ -205,16 +199,9 @@ def _find_distinct(documents: Sequence[str], longest: int | None) -> tuple[Seque
     return [numbers[text] for text in scored], texts
 
 
-def _sum(figures: Iterable[Number | None]) -> Number | None:
-    """Return the sum of what is known; None where nothing is."""
-    known = [figure for figure in figures if figure is not None]
-    return sum(known[1:], known[0]) if known else None
-
-
 def _distrust(problem: str, source: Source) -> APIResponseError:
     return APIResponseError(f"the reply cannot be trusted: {problem}", request_id=source.request_id)
 
 
 def _split_evenly(count: int, parts: int) -> list[range]:
-    ends = [-(-count * part // parts) for part in range(parts + 1)] if parts else []
-    return [range(start, stop) for start, stop in pairwise(ends)]
+    return [range(-(-count * part // parts), -(-count * (part + 1) // parts)) for part in range(parts)]

@@ -72,8 +72,9 @@ class Call(Generic[Event]):
             APIResponseError: The reply cannot be trusted.
         """
         url, key, headers = self.config.endpoint.url, self.config.key, raw.headers
-        request_id = request_id_of(headers, key)
-        _log.debug("%s answered %d to %d documents, request %s", url, raw.status_code, len(batch), request_id)
+        if _log.isEnabledFor(logging.DEBUG):
+            request_id = request_id_of(headers, key)
+            _log.debug("%s answered %d to %d documents, request %s", url, raw.status_code, len(batch), request_id)
         if not 200 <= raw.status_code < 300:
             error = read_error(raw.status_code, raw.content, headers, key, url)
             if isinstance(error, BadRequestError) and "context length" in str(error):
@@ -81,8 +82,8 @@ class Call(Generic[Event]):
             raise error
         reply = read_reply(raw.content, headers, key, url)
         source = read_source(headers, reply, key, sent)
-        if not self.config.options.allow_substitutes:
-            refuse_substitute(self.config.options.model, source)
+        if source.is_substitute and not self.config.options.allow_substitutes:
+            raise refuse_substitute(self.config.options.model, source)
         self.plan.accept(batch, reply, source)
         if self.plan.is_complete:
             self.done.set()

@@ -62,7 +62,7 @@ class RequestConfig:
         """
         self.key = self.options.key_for(self.endpoint)
         if self.key is not None:
-            self.send_options["auth"] = None  # that of a client of the caller's would take the key's place
+            self.send_options["auth"] = httpx.Auth()  # none: a client of the caller's may have one of its own
 
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""

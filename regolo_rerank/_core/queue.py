@@ -52,7 +52,8 @@ class WorkQueue(Generic[Event]):
     def put(self, call: Call[Event]) -> None:
         """Add all batches of a call."""
         with self._lock:
-            self._jobs.extend(Job(call, batch, RetryState(call.config.options)) for batch in call.batches)
+            for batch in call.batches:
+                self._jobs.append(Job(call, batch, RetryState(call.config.options)))
 
     def add_workers(self) -> int:
         """Return how many workers the caller has to start now; they count from here on."""

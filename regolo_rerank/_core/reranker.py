@@ -14,7 +14,7 @@ from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.clients import Clients
 from regolo_rerank._transports.spread import Done
 from regolo_rerank._version import __version__
-from regolo_rerank.errors import InvalidInputError, ends_here
+from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.options import Options
 from regolo_rerank.results import RerankResponse
 
@@ -31,13 +31,8 @@ class Reranker(Options):
     _clients: Clients = PrivateAttr(default_factory=Clients)
     _hold: RateLimitHold = PrivateAttr(default_factory=RateLimitHold)
 
-    framework: ClassVar[str] = ""
-    """The framework and its version, for the User-Agent."""
-
-    @classmethod
-    def user_agent(cls) -> str:
-        """Return what requests call themselves: this package, its version and the framework."""
-        return f"regolo_rerank/{__version__} {cls.framework}".rstrip()
+    user_agent: ClassVar[str] = f"regolo_rerank/{__version__}"
+    """What requests call themselves: this package and its version, and in adapters the framework and its."""
 
     def _part_from_original(self) -> None:
         self._clients, self._hold = Clients(), RateLimitHold()
@@ -45,7 +40,7 @@ class Reranker(Options):
     def _configure(
         self, arguments: Mapping[str, Any], callers_client: httpx.Client | httpx.AsyncClient | None
     ) -> RequestConfig:
-        return RequestConfig(self.for_call(**arguments), self.user_agent(), self._hold, callers_client)
+        return RequestConfig(self.for_call(**arguments), self.user_agent, self._hold, callers_client)
 
     def _client_for(self, config: RequestConfig) -> httpx.Client:
         return self.http_client or self._clients.client(config.endpoint)
@@ -60,26 +55,24 @@ class Reranker(Options):
         return self.async_http_client or await self._clients.loop_client(config.endpoint)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        with ends_here:
-            config = self._configure(arguments, self.http_client)
-            call = Call(config, (query, documents), Done())
-            try:
-                if not call.done.is_set():
-                    threads.finish(call, self._client_for(config))
-            finally:
-                call.close()
-            return call.result()
+        config = self._configure(arguments, self.http_client)
+        call = Call(config, (query, documents), Done())
+        try:
+            if not call.done.is_set():
+                threads.finish(call, self._client_for(config))
+        finally:
+            call.close()
+        return call.result()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        with ends_here:
-            config = self._configure(arguments, self.async_http_client)
-            call = Call(config, (query, documents), asyncio.Event())
-            try:
-                if not call.done.is_set():
-                    await tasks.finish(call, await self._async_client_for(config))
-            finally:
-                call.close()
-            return call.result()
+        config = self._configure(arguments, self.async_http_client)
+        call = Call(config, (query, documents), asyncio.Event())
+        try:
+            if not call.done.is_set():
+                await tasks.finish(call, await self._async_client_for(config))
+        finally:
+            call.close()
+        return call.result()
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""

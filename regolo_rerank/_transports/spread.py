@@ -45,9 +45,11 @@ class _Spread(Generic[P]):
     def _drop(self) -> list[P]:
         """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
         dropped = []
-        with suppress(IndexError):  # none is left, or another thread has taken it
+        try:
             while time.monotonic() - self._idle[0][0] >= (0.0 if self._closed else KEEPALIVE):
                 dropped.append(self._idle.popleft()[1])
+        except IndexError:
+            pass  # none is left, or another thread has taken it
         return dropped
 
 

@@ -17,16 +17,19 @@ Scorer = Callable[[str, list[str]], Sequence[float]]
 
 
 class Endpoint(NamedTuple):
-    """Where requests go, as `base_url` says."""
+    """Where requests go, as `base_url` says.
+
+    Attributes:
+        url: The address.
+        embedded: Whether the scorer on this machine answers.
+        loopback: Whether nothing leaves this machine.
+        is_regolo: Whether this is Regolo's own service, which answers nobody without a key.
+    """
 
     url: httpx.URL
-    embedded: bool
-    loopback: bool
-
-    @property
-    def is_regolo(self) -> bool:
-        """Whether this is Regolo's own service, which answers nobody without a key."""
-        return self.url.host == "regolo.ai" or self.url.host.endswith(".regolo.ai")
+    embedded: bool = False
+    loopback: bool = False
+    is_regolo: bool = False
 
 
 @functools.lru_cache(maxsize=64)
@@ -45,7 +48,11 @@ def read_base_url(base_url: str) -> Endpoint:
         raise ValueError("must hold no user, password or fragment; a key goes into api_key")
     path, mark, parameters = url.raw_path.partition(b"?")  # as it is: `%2F` is not `/`
     path = path.rstrip(b"/").removesuffix(b"/rerank") + b"/rerank"
-    return Endpoint(url.copy_with(raw_path=path + mark + parameters), embedded=False, loopback=_is_loopback(url.host))
+    return Endpoint(
+        url.copy_with(raw_path=path + mark + parameters),
+        loopback=_is_loopback(url.host),
+        is_regolo=url.host == "regolo.ai" or url.host.endswith(".regolo.ai"),
+    )
 
 
 def check_host(url: httpx.URL) -> None:

@@ -48,7 +48,9 @@ def check_documents(documents: Iterable[T], *kinds: type, name: str = "documents
     Raises:
         InvalidInputError: It is a single document, has no order to take indices from, or holds something else.
     """
-    if isinstance(documents, (str, bytes, Mapping, AbstractSet, *kinds)) or not isinstance(documents, Iterable):
+    if not isinstance(documents, list | tuple) and (
+        isinstance(documents, (str, bytes, Mapping, AbstractSet, *kinds)) or not isinstance(documents, Iterable)
+    ):
         raise InvalidInputError(f"{name}: must be a list of {_name(kinds)}, got {type(documents).__name__}")
     listed = list(documents)
     if not set(map(type, listed)) <= set(kinds):

@@ -44,6 +44,6 @@ def clean(value: Any, secret: SecretStr | None) -> str | None:
 
 def spell(secret: SecretStr | None) -> set[str]:
     """Return the key as it is, and as JSON may write it."""
-    key = secret.get_secret_value() if secret else ""
+    key = "" if secret is None else secret.get_secret_value()
     written = key.replace("\\", "\\\\").replace('"', '\\"')
     return {key, written, written.replace("/", "\\/")} - {""}

@@ -17,8 +17,9 @@ from regolo_rerank._wire.messages import Reply
 from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import parse_number
 from regolo_rerank.errors import APIResponseError, RerankSubstituteWarning
+from regolo_rerank.results import Usage
 
-__all__ = ["CACHE", "Source", "agree_on_model", "read_source", "refuse_substitute"]
+__all__ = ["CACHE", "Source", "add_up", "agree_on_model", "read_source", "refuse_substitute"]
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -74,18 +75,25 @@ def read_source(headers: Mapping[str, str], reply: Reply, secret: SecretStr | No
     )
 
 
-def refuse_substitute(asked: str, source: Source) -> None:
-    """Refuse scores of another model than was asked for.
+def refuse_substitute(asked: str, substitute: Source) -> APIResponseError:
+    """Return the error for scores of another model than was asked for; it names both."""
+    return APIResponseError(
+        f"the reply cannot be trusted: {asked!r} was asked for, and {_name(substitute)} has answered in its place; the "
+        f"option allow_substitutes takes such rankings",
+        request_id=substitute.request_id,
+    )
 
-    Raises:
-        APIResponseError: They are; it names both models.
-    """
-    if source.is_substitute:
-        raise APIResponseError(
-            f"the reply cannot be trusted: {asked!r} was asked for, and {_name(source)} has answered in its place; the "
-            f"option allow_substitutes takes such rankings",
-            request_id=source.request_id,
-        )
+
+def add_up(sources: Sequence[Source]) -> Usage:
+    """Return what all requests of a call took, as far as their replies tell."""
+    usage = Usage()
+    for source in sources:
+        usage.requests += source.requests
+        if source.tokens is not None:
+            usage.total_tokens = (usage.total_tokens or 0) + source.tokens
+        if source.cost is not None:
+            usage.cost = (usage.cost or 0.0) + source.cost
+    return usage
 
 
 def agree_on_model(asked: str, sources: Sequence[Source]) -> str | None:
@@ -99,7 +107,8 @@ def agree_on_model(asked: str, sources: Sequence[Source]) -> str | None:
         APIResponseError: They come from several models, which score on scales of their own.
     """
     models = {source.model: None for source in sources if source.model is not None}
-    if len(models) > 1 or len({source.is_substitute for source in sources}) > 1:
+    substitutes = {source.is_substitute for source in sources}
+    if len(models) > 1 or len(substitutes) > 1:
         names = dict.fromkeys(
             _name(source) if source.is_substitute else repr(source.model or asked) for source in sources
         )
@@ -107,7 +116,7 @@ def agree_on_model(asked: str, sources: Sequence[Source]) -> str | None:
             f"the replies cannot be trusted: {asked!r} was asked for, and the scores come from "
             f"{' and from '.join(names)}, each on a scale of its own"
         )
-    if any(source.is_substitute for source in sources):
+    if True in substitutes:
         words = f"{asked!r} was asked for, and the ranking is that of {_name(sources[0])}, on a scale of its own"
         # Python shows a warning once; the log has each.
         _log.warning(words)

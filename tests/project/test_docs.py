@@ -188,7 +188,7 @@ def test_our_side_of_the_migration_tables_exists() -> None:
     assert named <= known
 
 
-INSIDE = {"endpoint", "fields_for", "for_call", "format_for", "key_for", "user_agent", "class_name"}
+INSIDE = {"endpoint", "fields_for", "for_call", "format_for", "key_for", "class_name"}
 """Methods of a reranker that the package calls, or a framework."""
 
 
