@@ -154,7 +154,7 @@ class RegoloClient(Reranker):
             instruction: As in `rerank`.
             score_threshold: As in `rerank`.
             extra_body: As in `rerank`.
-            max_concurrency: Requests in flight at once, over all pairs; those of a large one are shared out too.
+            max_concurrency: Requests in flight at once, over all pairs; batches of a large one count too.
             return_exceptions: Whether a pair that fails gives its error in its place. Otherwise the error is raised
                 there, and what was read ahead is given up.
             show_progress: Whether a bar is shown, on a terminal and in a notebook; needs tqdm.
@@ -169,18 +169,16 @@ class RegoloClient(Reranker):
         """
         with ends_here:
             config = self._configure(
-                {
-                    "top_n": top_n,
-                    "model": model,
-                    "instruction": instruction,
-                    "score_threshold": score_threshold,
-                    "extra_body": extra_body,
-                    "max_concurrency": max_concurrency,
-                },
                 self.http_client,
+                top_n=top_n,
+                model=model,
+                instruction=instruction,
+                score_threshold=score_threshold,
+                extra_body=extra_body,
+                max_concurrency=max_concurrency,
             )
             _check_pairs(pairs, Iterable)
-            config.require_key()  # refused at once
+            config.require_key()  # a missing key is refused now, and not at the first pair
             return self._many(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     @overload
@@ -220,18 +218,16 @@ class RegoloClient(Reranker):
         """
         with ends_here:
             config = self._configure(
-                {
-                    "top_n": top_n,
-                    "model": model,
-                    "instruction": instruction,
-                    "score_threshold": score_threshold,
-                    "extra_body": extra_body,
-                    "max_concurrency": max_concurrency,
-                },
                 self.async_http_client,
+                top_n=top_n,
+                model=model,
+                instruction=instruction,
+                score_threshold=score_threshold,
+                extra_body=extra_body,
+                max_concurrency=max_concurrency,
             )
             _check_pairs(pairs, Iterable, AsyncIterable)
-            config.require_key()  # refused at once
+            config.require_key()  # a missing key is refused now, and not at the first pair
             return self._amany(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
 
     def _many(

@@ -18,6 +18,8 @@ Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns w
 `cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.
 """
 
+import logging
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +41,8 @@ __all__ = [
     "RerankSubstituteWarning",
     "ServerError",
 ]
+
+_log = logging.getLogger("regolo_rerank")
 
 
 class RegoloError(Exception):
@@ -159,6 +163,12 @@ class RerankSubstituteWarning(UserWarning):
     """Another model than was asked for gave a ranking, and `allow_substitutes=True` took it."""
 
 
+def warn(words: str, category: type[UserWarning]) -> None:
+    """Warn, and log each: Python shows a warning once."""
+    _log.warning("regolo_rerank: %s", words)
+    warnings.warn(words, category, stacklevel=3)
+
+
 class _EndsHere:
     def __enter__(self) -> None:
         pass
@@ -169,7 +179,7 @@ class _EndsHere:
 
 
 ends_here = _EndsHere()
-"""`with ends_here:` lets an error of a call show its caller's line, and none of the frames that it came through."""
+"""`with ends_here:` cuts an error's traceback off below the line it guards: the caller's line and ours are left."""
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     400: BadRequestError,

@@ -221,10 +221,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         except BaseException as error:
             run.on_chain_error(error)
             raise
-        outputs = _tell_outputs(outcome)
-        show_outputs(run, **outputs)
-        _count_tokens(run, outcome)
-        run.on_chain_end(outputs)
+        run.on_chain_end(_tell_outputs(run, outcome))
         return outcome.kept
 
     async def _atrace(
@@ -243,10 +240,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         except BaseException as error:
             await run.on_chain_error(error)
             raise
-        outputs = _tell_outputs(outcome)
-        show_outputs(run, **outputs)
-        _count_tokens(run, outcome)
-        await run.on_chain_end(outputs)
+        await run.on_chain_end(_tell_outputs(run, outcome))
         return outcome.kept
 
     def _identify(self, config: RunnableConfig) -> dict[str, Any]:
@@ -302,11 +296,15 @@ def _attach_scores(documents: list[Document], response: RerankResponse) -> list[
     ]
 
 
-def _tell_outputs(outcome: Outcome[Document]) -> dict[str, Any]:
-    """Return what a run tells: the documents with their scores, and how they came about."""
-    fallback = outcome.report["fallback"]
-    scores = None if fallback else [document.metadata["relevance_score"] for document in outcome.kept]
-    return {"documents": list(outcome.kept), "scores": scores, **outcome.report}
+def _tell_outputs(
+    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, outcome: Outcome[Document]
+) -> dict[str, Any]:
+    """Tell tracers what they do not take from a run's outputs, and return those."""
+    scores = None if outcome.report["fallback"] else [document.metadata["relevance_score"] for document in outcome.kept]
+    outputs = {"documents": list(outcome.kept), "scores": scores, **outcome.report}
+    show_outputs(run, **outputs)
+    _count_tokens(run, outcome)
+    return outputs
 
 
 def _count_tokens(

@@ -102,7 +102,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with ends_here, self._report(nodes, query_bundle) as run:
-            run.outcome = self._rerank(run.query, run.nodes, self._read_texts, self._attach_scores)
+            run.outcome = self._rerank(run.query, run.nodes, self._get_texts, self._attach_scores)
         return run.outcome.kept
 
     @_dispatcher.span
@@ -110,7 +110,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with ends_here, self._report(nodes, query_bundle) as run:
-            run.outcome = await self._arerank(run.query, run.nodes, self._read_texts, self._attach_scores)
+            run.outcome = await self._arerank(run.query, run.nodes, self._get_texts, self._attach_scores)
         return run.outcome.kept
 
     @contextmanager
@@ -146,21 +146,18 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
             show_report(run.outcome.report)
             _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
 
-    def _read_texts(self, nodes: list[NodeWithScore]) -> list[str]:
+    def _get_texts(self, nodes: list[NodeWithScore]) -> list[str]:
         return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
 
     def _attach_scores(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
         kept = []
         for result in response.results:
-            candidate = nodes[result.index]
-            scores = {"relevance_score": result.relevance_score}
+            candidate, scores = nodes[result.index], {"relevance_score": result.relevance_score}
             further = {"retrieval_score": candidate.score, **scores} if self.keep_retrieval_score else scores
+            fields: dict[str, Any] = {"node": _add_metadata(candidate.node, further), "score": result.relevance_score}
             # To make one anew takes half of what a copy takes; but one of a class of the caller's may hold more.
-            if type(candidate) is NodeWithScore:
-                kept.append(NodeWithScore(node=_add_metadata(candidate.node, further), score=result.relevance_score))
-            else:
-                update = {"node": _add_metadata(candidate.node, further), "score": result.relevance_score}
-                kept.append(candidate.model_copy(update=update))
+            anew = type(candidate) is NodeWithScore
+            kept.append(NodeWithScore(**fields) if anew else candidate.model_copy(update=fields))
         return kept
 
 

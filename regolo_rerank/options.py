@@ -43,7 +43,7 @@ from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, En
 from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
-__all__ = ["API_KEY_VARIABLE", "Options"]
+__all__ = ["Count", "Options"]
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
@@ -107,7 +107,7 @@ class Options(BaseModel):
 
     timeout: Annotated[Seconds, Field(gt=0)] = 60.0
     """Seconds for one attempt, from connecting to the last byte of the reply. In a sync call it bounds each wait while
-    connecting, sending and reading headers, and the body as a whole."""
+    connecting, sending and reading headers, and the body has to be complete by then."""
 
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
     """Further attempts after the first, at least 0, for one request."""
@@ -122,7 +122,7 @@ class Options(BaseModel):
     """Bytes of JSON in one request at most; a single longer document goes alone."""
 
     max_concurrency: Count = 4
-    """Requests of one call in flight at once."""
+    """Requests of one call in flight at once, at most."""
 
     max_document_chars: Count | None = None
     """Characters of a document that are scored at most; the caller's document comes back whole."""
@@ -201,7 +201,7 @@ class Options(BaseModel):
 
         Args:
             update: The options to change, by name.
-            deep: Whether values are copied too; the callers' http clients are shared in any case.
+            deep: Whether values are copied too; what a dump leaves out is shared in any case.
 
         Raises:
             pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
@@ -215,15 +215,15 @@ class Options(BaseModel):
         raise problem
 
     def _part_from_original(self) -> None:
-        """Give a copy what it must not share, such as connections."""
+        """Give a copy its own of what copies do not share: connections, and the wait after a 429."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, callbacks."""
+        """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, cache."""
         shared = (getattr(self, name) for name, field in type(self).model_fields.items() if field.exclude)
         return super().__deepcopy__({**(memo or {}), **{id(value): value for value in shared if value is not None}})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the options that were set, without the key and the callers' http clients."""
+        """Pickle the options that were set, without the key, the cache and the callers' http clients."""
         kept = {
             name: getattr(self, name)
             for name, field in type(self).model_fields.items()

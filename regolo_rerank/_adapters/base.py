@@ -1,22 +1,18 @@
 """What both adapters share besides the core: their default top_n, a way around failures, and what traces tell."""
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from regolo_rerank._core.reranker import Reranker
 from regolo_rerank._core.retry import is_retryable
-from regolo_rerank.errors import RegoloError, RerankFallbackWarning
+from regolo_rerank.errors import RegoloError, RerankFallbackWarning, warn
 from regolo_rerank.options import Count
 from regolo_rerank.results import RerankResponse
 
-__all__ = ["AdapterOptions", "Outcome", "report_failure", "report_ranking"]
+__all__ = ["AdapterOptions", "Outcome", "report_failure"]
 
 T = TypeVar("T")
-
-_log = logging.getLogger("regolo_rerank")
 
 
 @dataclass(slots=True)
@@ -32,7 +28,7 @@ class Outcome(Generic[T]):
     report: dict[str, Any]
 
 
-def report_ranking(response: RerankResponse) -> dict[str, Any]:
+def _report_ranking(response: RerankResponse) -> dict[str, Any]:
     """Return what traces and events tell of a ranking."""
     usage = response.usage
     return {
@@ -45,7 +41,7 @@ def report_ranking(response: RerankResponse) -> dict[str, Any]:
 
 
 def report_failure(error: BaseException, *, fallback: bool) -> dict[str, Any]:
-    """Return what they tell of a failure, whether or not the input stands in for a ranking."""
+    """Return what traces and events tell of a failure, whether or not the input stands in for a ranking."""
     request_id = getattr(error, "request_id", None)
     return {
         "response_id": None,
@@ -80,33 +76,33 @@ class AdapterOptions(Reranker):
         self,
         query: str,
         candidates: list[T],
-        texts: Callable[[list[T]], list[str]],
-        scored: Callable[[list[T], RerankResponse], list[T]],
+        get_texts: Callable[[list[T]], list[str]],
+        attach_scores: Callable[[list[T], RerankResponse], list[T]],
         **arguments: Any,
     ) -> Outcome[T]:
-        """Rank candidates by their `texts`, or fall back.
+        """Rank candidates by their texts, or fall back.
 
-        `scored` gives those that a ranking keeps, and `arguments` stand in for options in this call.
+        `attach_scores` gives those that a ranking keeps, and `arguments` stand in for options in this call.
         """
         try:
-            response = self._rank(query, texts(candidates), **arguments)
+            response = self._rank(query, get_texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates, arguments)
-        return Outcome(scored(candidates, response), report_ranking(response))
+        return Outcome(attach_scores(candidates, response), _report_ranking(response))
 
     async def _arerank(
         self,
         query: str,
         candidates: list[T],
-        texts: Callable[[list[T]], list[str]],
-        scored: Callable[[list[T], RerankResponse], list[T]],
+        get_texts: Callable[[list[T]], list[str]],
+        attach_scores: Callable[[list[T], RerankResponse], list[T]],
         **arguments: Any,
     ) -> Outcome[T]:
         try:
-            response = await self._arank(query, texts(candidates), **arguments)
+            response = await self._arank(query, get_texts(candidates), **arguments)
         except RegoloError as error:
             return self._fall_back(error, candidates, arguments)
-        return Outcome(scored(candidates, response), report_ranking(response))
+        return Outcome(attach_scores(candidates, response), _report_ranking(response))
 
     def _fall_back(self, error: RegoloError, candidates: list[T], arguments: Mapping[str, Any]) -> Outcome[T]:
         """Return what stands in for a ranking that failed, or raise the error again."""
@@ -118,7 +114,5 @@ class AdapterOptions(Reranker):
             f"reranking failed, so the first {len(kept)} of {len(candidates)} documents are returned in their own "
             f"order: {report['error']}"
         )
-        # Python shows a warning once; the log has each.
-        _log.warning("regolo_rerank: %s", words)
-        warnings.warn(words, RerankFallbackWarning, stacklevel=2)
+        warn(words, RerankFallbackWarning)
         return Outcome(kept, report)

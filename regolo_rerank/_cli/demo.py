@@ -23,9 +23,9 @@ from regolo_rerank import RegoloClient, langchain, llama_index
 from regolo_rerank._cli.common import open_client, sees_a_bar
 from regolo_rerank._display.tables import clip
 from regolo_rerank._examples.stdlib import queries
+from regolo_rerank._wire.checks import API_KEY_VARIABLE
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
 from regolo_rerank.evaluation import Evaluation, evaluate
-from regolo_rerank.options import API_KEY_VARIABLE
 
 __all__ = ["SHOWN", "report"]
 

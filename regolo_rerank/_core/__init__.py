@@ -1,1 +1,1 @@
-"""One call, from texts to a ranking: what is sent, what a reply means, and who sends it."""
+"""One call, from texts to a ranking: what is sent, when it is sent again, and who sends it."""

@@ -48,14 +48,14 @@ class Plan:
         self._format = prompt_format
         self._fields = fields
         self.query = prompt_format.format_query(query, options.instruction)
+        # A slot is a place in `texts`; that of a blank document is None.
         self._slots, self.texts = _find_distinct(documents, options.max_document_chars)
         self._scores: dict[int, float] = {}
-        self._known: list[Source] = []
+        self._cached: list[Source] = []
         self._sources: dict[range, Source] = {}
         self.batches: list[range] = []
-        # In a request: what is left for the documents.
-        most = options.batch_size
-        self._budget = options.max_request_bytes - len(self._encode_body([])) - len(b',"top_n":') - len(str(most))
+        # The bytes that a request's other fields leave for its documents.
+        self._budget = options.max_request_bytes - len(self._encode_body([])) - len(f',"top_n":{options.batch_size}')
         if self._budget <= 0:
             raise InvalidInputError(
                 f"query: with instruction and extra_body it fills a request of max_request_bytes="
@@ -69,7 +69,7 @@ class Plan:
             numbers = dict(zip(texts, range(len(texts)), strict=True))
             self._slots = [None if slot is None else numbers[self.texts[slot]] for slot in self._slots]
             self._scores = {numbers[text]: score for text, score in known.items()}
-            self._known = [CACHE]
+            self._cached = [CACHE]
             self.texts = texts
         self.batches = self._split(len(self.texts) - len(known))
 
@@ -142,9 +142,9 @@ class Plan:
         """The scores of all replies so far, by text, but for those of a substitute."""
         return {
             self.texts[slot]: self._scores[slot]
-            for batch, source in list(self._sources.items())
+            for batch, source in list(self._sources.items())  # a worker may add one meanwhile
+            if not source.is_substitute
             for slot in batch
-            if slot in self._scores and not source.is_substitute
         }
 
     def find_longest(self, batch: range) -> tuple[int, int]:
@@ -166,7 +166,7 @@ class Plan:
             meta=first.meta,
             usage=add_up(sources),
             request_ids=[source.request_id for source in sources if source.request_id is not None],
-            model=agree_on_model(self._options.model, [*self._known, *sources]),
+            model=agree_on_model(self._options.model, [*self._cached, *sources]),
         )
 
     def _rank(self) -> list[RerankResult]:
@@ -188,9 +188,9 @@ class Plan:
         return (ranked + blank)[: options.top_n]
 
 
-def _find_distinct(documents: Sequence[str], longest: int | None) -> tuple[Sequence[int | None], Sequence[str]]:
+def _find_distinct(documents: Sequence[str], max_chars: int | None) -> tuple[Sequence[int | None], Sequence[str]]:
     """Return which distinct text each document is, None for a blank one, and these texts."""
-    scored = documents if longest is None else [document[:longest] for document in documents]
+    scored = documents if max_chars is None else [document[:max_chars] for document in documents]
     numbers: dict[str, int | None] = dict.fromkeys(scored)
     if len(numbers) == len(documents) and "" not in numbers and not any(map(str.isspace, numbers)):
         return range(len(documents)), scored

@@ -1,27 +1,24 @@
 """Scores that are known already, in the caller's own mapping.
 
-A pair's score depends on nothing but the pair, so it can be kept: by endpoint, model, query and document. The mapping
-is read before a call sends and written after it has its scores, in the caller's thread or event loop.
+A document's score does not depend on the other documents, so it can be kept: by endpoint, model, query and document.
+The mapping is read before a call sends and written when it has ended, ranked or not, in the caller's thread or event
+loop.
 """
 
 import hashlib
 import json
-import logging
 import os
 import sys
 import threading
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, Final
 from weakref import finalize
 
-from regolo_rerank.errors import RerankCacheWarning
+from regolo_rerank.errors import RerankCacheWarning, warn
 
 __all__ = ["ScoreCache", "name_scorer"]
-
-_log = logging.getLogger("regolo_rerank")
 
 _lock = threading.RLock()
 _scorer_names: Final[dict[int, str]] = {}
@@ -85,7 +82,10 @@ class ScoreCache:
         return digest.hexdigest()
 
     def _try(self, use: Callable[[], None], what: str) -> None:
-        """Use the mapping, or do without it for the rest of the call where it fails."""
+        """Use the mapping, or do without it for the rest of the call where it fails.
+
+        `use` is a function, and no block of a `with`: an interrupt in a context manager would leave the lock locked.
+        """
         if not self._works:
             return
         try:
@@ -94,8 +94,7 @@ class ScoreCache:
         except Exception as error:  # noqa: BLE001 - it is the caller's mapping, and may raise anything
             self._works = False
             words = f"the cache cannot be {what}, so this call goes on without it: {type(error).__name__}: {error}"
-            _log.warning("regolo_rerank: %s", words)
-            warnings.warn(words, RerankCacheWarning, stacklevel=2)
+            warn(words, RerankCacheWarning)
 
 
 def _renew_lock() -> None:

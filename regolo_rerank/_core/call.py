@@ -10,8 +10,8 @@ from regolo_rerank._core.config import RequestConfig
 from regolo_rerank._transports.spread import Done
 from regolo_rerank._wire.body import RawReply
 from regolo_rerank._wire.inputs import check_documents, check_pair, check_query
-from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import advise_on_length, read_error, read_reply
+from regolo_rerank._wire.request_ids import request_id_of
 from regolo_rerank._wire.source import read_source, refuse_substitute
 from regolo_rerank.errors import BadRequestError, InvalidInputError, RegoloError
 from regolo_rerank.results import RerankResponse
@@ -122,7 +122,7 @@ def _open_cache(config: RequestConfig, query: str) -> ScoreCache | None:
         return None
     return ScoreCache(
         options.cache,
-        str(config.endpoint.url),
+        config.endpoint.address,
         options.model,
         sorted((name, value) for name, value in config.fields.items() if name != "disable_fallbacks"),
         name_scorer(options.scorer),

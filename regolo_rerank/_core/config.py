@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from regolo_rerank._core.retry import RateLimitHold
 from regolo_rerank._transports.local import SCORER_EXTENSION
-from regolo_rerank._wire.names import new_name
+from regolo_rerank._wire.request_ids import new_id_headers
 from regolo_rerank.options import Options
 
 __all__ = ["RequestConfig"]
@@ -62,11 +62,11 @@ class RequestConfig:
         """
         self.key = self.options.key_for(self.endpoint)
         if self.key is not None:
-            self.send_options["auth"] = httpx.Auth()  # none: a client of the caller's may have one of its own
+            self.send_options["auth"] = httpx.Auth()  # adds nothing, and keeps out that of a client of the caller's
 
     def request(self, content: bytes) -> httpx.Request:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
-        url, headers = self.endpoint.url, new_name() | self._headers
+        url, headers = self.endpoint.url, new_id_headers() | self._headers
         extensions = dict(self._extensions)  # as the headers, each its own: tools that watch httpx write into them
         if client := self.callers_client:
             request = client.build_request("POST", url, content=content, headers=headers, extensions=extensions)

@@ -38,6 +38,7 @@ class WorkQueue(Generic[Event]):
     Attributes:
         max_workers: Workers at most, each with one request in flight.
         read_ahead: Calls under way at most: enough that a slow one keeps no worker idle.
+        answered: Whether a request was answered so far.
     """
 
     def __init__(self, max_workers: int) -> None:
@@ -45,7 +46,7 @@ class WorkQueue(Generic[Event]):
         self.read_ahead = 4 * max_workers if max_workers > 1 else 1
         self._workers = 0
         self._jobs: deque[Job[Event]] = deque()
-        self._answered = False
+        self.answered = False
         self._lowered_at = self._pausing_since = -math.inf
         self._lock = threading.Lock()
 
@@ -80,18 +81,14 @@ class WorkQueue(Generic[Event]):
         with self._lock:
             self._workers -= 1
 
-    def pause(self) -> float:
+    def pause_seconds(self) -> float:
         """Return the seconds that a worker waits before it sends."""
         return _SLOT_LAG if time.monotonic() - self._pausing_since < _MEMORY else 0.0
 
-    def note_answer(self) -> None:
-        """Learn that a request was answered."""
-        self._answered = True
-
     def put_back(self, job: Job[Event], sent_at: float) -> bool:
-        """Take back a batch that was refused, when sent at a time, for too many in flight; False to the only worker."""
+        """Take back a batch that was refused for too many in flight; False where its worker is the only one."""
         with self._lock:
-            if not self.pause() and self._answered:
+            if not self.pause_seconds() and self.answered:
                 self._pausing_since = time.monotonic()
             elif sent_at >= self._pausing_since:  # what was sent before tells nothing new
                 if self._limit == 1 or self._workers == 1:

@@ -30,10 +30,11 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Generator[httpx.Requ
 
     Raises:
         RegoloError: The last failure of a batch that cannot be ranked.
+        Exception: What is neither of httpx nor of this package, as it came.
     """
     call, hold, retry = job.call, job.call.config.hold, job.retry
     retry.start()
-    if pause := queue.pause():
+    if pause := queue.pause_seconds():
         yield pause
     while not call.done.is_set():
         if held := hold.seconds_left():
@@ -48,11 +49,12 @@ def rank_batch(job: Job[Event], queue: WorkQueue[Event]) -> Generator[httpx.Requ
             call.accept(job.batch, reply, retry.sent)
         except Exception as error:  # noqa: BLE001 - what is not of httpx is raised again
             timeout = call.config.timeout
-            left = None if timeout is None else 0.9 * timeout - (time.monotonic() - sent_at)  # clocks are not exact
+            # A tenth less: clocks are not exact.
+            left = None if timeout is None else 0.9 * timeout - (time.monotonic() - sent_at)
             failure = translate_error(error, call.config.endpoint.url, call.config.key, left)
         else:
             hold.request_seconds = time.monotonic() - sent_at
-            queue.note_answer()
+            queue.answered = True
             return
         if call.done.is_set():
             return  # it has failed already, and one error is enough

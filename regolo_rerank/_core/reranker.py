@@ -1,7 +1,7 @@
-"""What the client and both adapters are: options, connections, and one way to rank texts, sync and async."""
+"""One way to rank texts, sync and async, for the client and both adapters."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 import httpx
@@ -37,13 +37,11 @@ class Reranker(Options):
     def _part_from_original(self) -> None:
         self._clients, self._hold = Clients(), RateLimitHold()
 
-    def _configure(
-        self, arguments: Mapping[str, Any], callers_client: httpx.Client | httpx.AsyncClient | None
-    ) -> RequestConfig:
+    def _configure(self, callers_client: httpx.Client | httpx.AsyncClient | None, **arguments: Any) -> RequestConfig:
         return RequestConfig(self.for_call(**arguments), self.user_agent, self._hold, callers_client)
 
     def _client_for(self, config: RequestConfig) -> httpx.Client:
-        return self.http_client or self._clients.client(config.endpoint)
+        return config.options.http_client or self._clients.client(config.endpoint)
 
     async def _async_client_for(self, config: RequestConfig) -> httpx.AsyncClient:
         try:
@@ -52,10 +50,10 @@ class Reranker(Options):
             raise InvalidInputError(
                 "async calls need asyncio's event loop, and none is running, as under trio"
             ) from None
-        return self.async_http_client or await self._clients.loop_client(config.endpoint)
+        return config.options.async_http_client or await self._clients.loop_client(config.endpoint)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(arguments, self.http_client)
+        config = self._configure(self.http_client, **arguments)
         call = Call(config, (query, documents), Done())
         try:
             if not call.done.is_set():
@@ -65,7 +63,7 @@ class Reranker(Options):
         return call.result()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(arguments, self.async_http_client)
+        config = self._configure(self.async_http_client, **arguments)
         call = Call(config, (query, documents), asyncio.Event())
         try:
             if not call.done.is_set():

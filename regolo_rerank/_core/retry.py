@@ -62,7 +62,7 @@ class RateLimitHold:
     """The wait after a 429, which all requests of a client share instead of spending its rate limit on refusals.
 
     Attributes:
-        request_seconds: How long the last request took: where too many are in flight, as long as another one takes.
+        request_seconds: How long the last request took; one refused for too many in flight waits about as long.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class RateLimitHold:
         """Let nothing be sent for some seconds, because of what the server said."""
         ends_at = time.monotonic() + seconds
         if ends_at > self._ends_at:
-            self._ends_at, self._refusal = ends_at, copy(refusal)
+            self._ends_at, self._refusal = ends_at, copy(refusal)  # whose traceback would hold the documents
 
     def seconds_left(self) -> float:
         """Return the seconds until requests may be sent."""
@@ -101,16 +101,15 @@ class RetryState:
         self.sent = 0
         self._failures = 0
         self._options = options
-        self._deadline: float | None = None
+        self._deadline = 0.0
 
     def start(self) -> None:
         """Start the clock, unless it runs: from here on, the request could be sent."""
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self._options.max_retry_seconds
+        self._deadline = self._deadline or time.monotonic() + self._options.max_retry_seconds
 
     def allows(self, seconds: float) -> bool:
         """Return whether an attempt may start after a wait."""
-        return self._deadline is None or time.monotonic() + seconds < self._deadline
+        return time.monotonic() + seconds < self._deadline
 
     def delay_after(self, error: Exception, hold: RateLimitHold) -> float | None:
         """Return the seconds to wait after a failure, or None where it is final."""
@@ -126,5 +125,4 @@ class RetryState:
             delay = window_backoff(self._failures)
         else:
             delay = backoff(self._failures)
-        delay = max(delay, hold.seconds_left())
         return delay if self.allows(delay) else None

@@ -11,13 +11,13 @@ import httpx
 from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import rank_batch
-from regolo_rerank._wire.body import READ, RawReply
+from regolo_rerank._wire.body import CONSUMED, RawReply
 
 __all__ = ["FinishInOrder", "finish"]
 
 
 async def finish(call: Call[asyncio.Event], client: httpx.AsyncClient) -> None:
-    """Send all batches of one call: in the caller's task where it has one, else in several."""
+    """Send all batches of one call: in the caller's task where one worker is enough, else in several."""
     tasks = _Tasks(min(call.config.options.max_concurrency, len(call.batches)), client)
     tasks.queue.put(call)
     try:
@@ -100,7 +100,7 @@ class _Tasks:
                         reply.add(chunk)
             finally:
                 await response.aclose()
-            response.stream = READ
+                response.stream = CONSUMED
         return reply
 
 

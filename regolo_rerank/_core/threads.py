@@ -13,13 +13,13 @@ from regolo_rerank._core.call import Call
 from regolo_rerank._core.queue import Job, WorkQueue
 from regolo_rerank._core.request import rank_batch
 from regolo_rerank._transports.spread import DONE_EXTENSION, Done
-from regolo_rerank._wire.body import READ, RawReply
+from regolo_rerank._wire.body import CONSUMED, RawReply
 
 __all__ = ["finish", "finish_in_order"]
 
 
 def finish(call: Call[Done], client: httpx.Client) -> None:
-    """Send all batches of one call: in the caller's thread where it has one, else in several."""
+    """Send all batches of one call: in the caller's thread where one worker is enough, else in several."""
     threads = _Threads(min(call.config.options.max_concurrency, len(call.batches)), client)
     threads.queue.put(call)
     threads.start()
@@ -123,5 +123,5 @@ class _Threads:
                     reply.add(chunk)
         finally:
             response.close()
-            response.stream = READ
+            response.stream = CONSUMED
         return reply

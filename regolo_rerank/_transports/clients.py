@@ -33,8 +33,8 @@ class Clients:
     """The httpx clients of one reranker; a copy of it opens its own, and so does a forked process."""
 
     def __init__(self) -> None:
-        self._clients: dict[tuple[int, Endpoint], httpx.Client] = {}
-        self._loops: dict[asyncio.AbstractEventLoop, dict[Endpoint, _Guarded]] = {}
+        self._clients: dict[tuple[int, str], httpx.Client] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, dict[str, _Guarded]] = {}
         # In a cycle that nobody refers to, a guard would end beside what it guards, and not before it.
         weakref.finalize(self, self._loops.clear).atexit = False
 
@@ -43,7 +43,7 @@ class Clients:
 
     def client(self, endpoint: Endpoint) -> httpx.Client:
         """Return the client for sync calls to an endpoint; its connections close when nobody holds it any more."""
-        key = os.getpid(), endpoint
+        key = os.getpid(), endpoint.address
         # Of two threads that open one at the same time, both get the first.
         return self._clients.get(key) or self._clients.setdefault(key, _open_client(endpoint))
 
@@ -55,13 +55,13 @@ class Clients:
                 if other.is_closed():
                     self._loops.pop(other, None)
         clients = self._loops.setdefault(loop, {})
-        if endpoint not in clients:
+        if endpoint.address not in clients:
             transport = EmbeddedTransport() if endpoint.embedded else _open(AsyncSpreadTransport, endpoint)
             guard = _close_with_loop(transport)
             await anext(guard)
             # A timeout of its own for each wait would cost 3 % of a call, and `tasks` has one around all of them.
-            clients[endpoint] = _AsyncClient(transport=transport, trust_env=False, timeout=None), guard
-        return clients[endpoint][0]
+            clients[endpoint.address] = _AsyncClient(transport=transport, trust_env=False, timeout=None), guard
+        return clients[endpoint.address][0]
 
     def close(self) -> None:
         """Close the connections of sync calls, once the calls under way in other threads have ended."""

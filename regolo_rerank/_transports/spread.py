@@ -26,14 +26,14 @@ KEEPALIVE: Final = 60.0
 """Seconds that an idle connection is kept."""
 
 
-class _Spread(Generic[P]):
+class _IdlePools(Generic[P]):
     """The pools that no request uses; deques are safe to share between threads."""
 
     def __init__(self, kind: type[P], **settings: Any) -> None:
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
         self._open: Callable[[], P] = lambda: kind(limits=limits, **settings)
+        # One is opened now, so that a proxy that cannot be used is refused here.
         self._idle: deque[tuple[float, P]] = deque([(time.monotonic(), self._open())])
-        self._closed = False
 
     def _take(self) -> P:
         """Return the pool that was used last: its connection is the likeliest to be open."""
@@ -42,11 +42,11 @@ class _Spread(Generic[P]):
         except IndexError:
             return self._open()
 
-    def _drop(self) -> list[P]:
-        """Give up the pools that were idle for too long, or all once this is closed; whoever asks closes them."""
+    def _drop(self, seconds: float) -> list[P]:
+        """Give up the pools that were idle for so long; whoever asks closes them."""
         dropped = []
         try:
-            while time.monotonic() - self._idle[0][0] >= (0.0 if self._closed else KEEPALIVE):
+            while time.monotonic() - self._idle[0][0] >= seconds:
                 dropped.append(self._idle.popleft()[1])
         except IndexError:
             pass  # none is left, or another thread has taken it
@@ -84,14 +84,14 @@ class Done:
             for pool in self._pools:
                 pool.shut_down()
 
-    def hold(self, pool: "_Pool") -> None:
+    def watch(self, pool: "_Pool") -> None:
         """Watch over a pool that sends a request of the call."""
         with self._lock:
             self._pools.add(pool)
             if self._is_set:
                 pool.shut_down()
 
-    def release(self, pool: "_Pool") -> None:
+    def unwatch(self, pool: "_Pool") -> None:
         """Leave a pool alone from here on: it may send another call's request next."""
         with self._lock:
             self._pools.discard(pool)
@@ -106,7 +106,7 @@ class _Pool(httpx.HTTPTransport):
         """Take the stream from what the extension `trace` tells of a connection."""
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self.stream = info["return_value"]
-            done.hold(self)
+            done.watch(self)
 
     def shut_down(self) -> None:
         """Wake whoever reads from the connection in another thread."""
@@ -121,7 +121,7 @@ class _Pool(httpx.HTTPTransport):
             self.stream.close()
 
 
-class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
+class SpreadTransport(_IdlePools[_Pool], httpx.BaseTransport):
     """Sends each request over a pool that no other request uses meanwhile; its settings are those of each pool."""
 
     def __init__(self, **settings: Any) -> None:
@@ -129,17 +129,17 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        for dropped in self._drop():
+        for dropped in self._drop(KEEPALIVE):
             dropped.close()
         pool = self._take()
-        done: Done = request.extensions.get(DONE_EXTENSION) or Done()
+        done: Done = request.extensions[DONE_EXTENSION]
         if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it opens a new connection
             request.extensions["trace"] = partial(pool.note, done)
-        done.hold(pool)
+        done.watch(pool)
         try:
             response = pool.handle_request(request)
         except BaseException:
-            done.release(pool)
+            done.unwatch(pool)
             pool.hang_up()  # a connection that was interrupted is not used again
             raise
         pool.stream = response.extensions.get("network_stream")
@@ -149,25 +149,23 @@ class SpreadTransport(_Spread[_Pool], httpx.BaseTransport):
     def give_back(self, pool: _Pool) -> None:
         """Keep a pool for the next request."""
         self._idle.append((time.monotonic(), pool))
-        if self._closed:
-            self.close()
 
     def close(self) -> None:
-        """Close all connections; those in use are closed at the end of their reply."""
-        self._closed = True
-        for dropped in self._drop():
+        """Close the connections that no request uses."""
+        for dropped in self._drop(0.0):
             dropped.close()
 
 
-class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTransport):
+class AsyncSpreadTransport(_IdlePools[httpx.AsyncHTTPTransport], httpx.AsyncBaseTransport):
     """The same for async requests, in one event loop."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(httpx.AsyncHTTPTransport, **settings)
+        self._is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        for dropped in self._drop():
+        for dropped in self._drop(KEEPALIVE):
             await dropped.aclose()
         pool = self._take()
         try:
@@ -181,13 +179,13 @@ class AsyncSpreadTransport(_Spread[httpx.AsyncHTTPTransport], httpx.AsyncBaseTra
     async def give_back(self, pool: httpx.AsyncHTTPTransport) -> None:
         """Keep a pool for the next request."""
         self._idle.append((time.monotonic(), pool))
-        if self._closed:
+        if self._is_closed:
             await self.aclose()
 
     async def aclose(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
-        self._closed = True
-        for dropped in self._drop():
+        self._is_closed = True
+        for dropped in self._drop(0.0):
             await dropped.aclose()
 
 
@@ -212,19 +210,18 @@ class _Body(httpx.SyncByteStream):
                 self._stream.close()
                 end = partial(self._transport.give_back, self._pool)
         finally:
-            self._done.release(self._pool)
+            self._done.unwatch(self._pool)
             end()
 
 
 class _AsyncBody(httpx.AsyncByteStream):
     def __init__(self, stream: Any, pool: httpx.AsyncHTTPTransport, transport: AsyncSpreadTransport) -> None:
-        self._stream = stream
+        self._stream: httpx.AsyncByteStream = stream
         self._pool = pool
         self._transport = transport
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        stream: AsyncIterator[bytes] = aiter(self._stream)
-        return stream
+        return aiter(self._stream)
 
     async def aclose(self) -> None:
         try:

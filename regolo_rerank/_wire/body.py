@@ -6,19 +6,19 @@ from typing import Final
 
 import httpx
 
-from regolo_rerank._wire.names import is_reply_to_another
+from regolo_rerank._wire.request_ids import is_reply_to_another
 from regolo_rerank.errors import APIResponseError
 
-__all__ = ["MAX_REPLY_BYTES", "READ", "RawReply"]
+__all__ = ["CONSUMED", "RawReply"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a reply, as they come or decompressed, after which it is refused."""
 
-READ: Final = httpx.ByteStream(b"")
-"""What a reply has in place of its stream once it is read: that one refers back to the reply, and frees it late."""
+CONSUMED: Final = httpx.ByteStream(b"")
+"""What a reply has for a stream once that is read: its own refers back to it, and both would be freed late."""
 
-_GZIP: Final = 31
-"""What zlib calls gzip."""
+_GZIP: Final = 16 + zlib.MAX_WBITS
+"""zlib's `wbits` for a body with gzip's header."""
 
 
 class RawReply:
@@ -30,9 +30,9 @@ class RawReply:
 
     Attributes:
         status_code: The HTTP status.
-        headers: The reply's headers, as a dict: httpx's own takes long to look anything up.
+        headers: The reply's headers by name in lower case, as a dict: httpx's own takes long to look anything up.
         content: The bytes so far, decompressed; none of an error reply that cannot be, whose status tells enough.
-        is_complete: Whether there is nothing to read, as in a reply that a mock has made.
+        is_complete: Whether there is nothing to read, as where a mock has made the reply, or a hook has read it.
 
     Raises:
         APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.

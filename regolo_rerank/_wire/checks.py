@@ -16,7 +16,6 @@ from regolo_rerank.prompts import API_FIELDS
 
 __all__ = [
     "API_KEY_VARIABLE",
-    "advise",
     "check_base_url",
     "check_cache",
     "check_extra_body",
@@ -33,8 +32,6 @@ T = TypeVar("T")
 
 API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
 
-"""The fields of a request that the API names, each of them an argument here."""
-
 
 def check_base_url(base_url: str) -> str:
     """Return a base URL that can be read, without spaces around it."""
@@ -43,7 +40,7 @@ def check_base_url(base_url: str) -> str:
     return base_url
 
 
-def read_key(text: str) -> SecretStr:
+def _read_key(text: str) -> SecretStr:
     """Return an API key, without spaces around it."""
     text = text.strip()
     if text.lower().startswith("bearer ") or text[:1] in {"'", '"'} or text[-1:] in {"'", '"'}:
@@ -64,7 +61,7 @@ def check_key(value: object) -> SecretStr | None:
         value = value.get_secret_value()
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
-    return read_key(value)
+    return _read_key(value)
 
 
 def read_environment_key() -> SecretStr:
@@ -74,7 +71,7 @@ def read_environment_key() -> SecretStr:
         InvalidInputError: It holds a character that no key has.
     """
     try:
-        return read_key(os.environ.get(API_KEY_VARIABLE, ""))
+        return _read_key(os.environ.get(API_KEY_VARIABLE, ""))
     except ValueError as error:
         problem = f"{API_KEY_VARIABLE}: {error}"
     raise InvalidInputError(problem)
@@ -190,26 +187,3 @@ def _describe_unknown(cls: type[BaseModel], name: str) -> str:
     # Beside these, only a slip of the pen means the same.
     close = [means] if means else difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
     return f"no such option; did you mean {close[0]}?" if close else f"no such option of {cls.__name__}"
-
-
-_TEXTS: Final = {
-    "Document": "; pass its page_content, or rerank by regolo_rerank.langchain.RegoloRerank",
-    "TextNode": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
-    "NodeWithScore": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
-}
-"""What to do with what is no text, by its type."""
-
-_OBJECTS: Final = {
-    "Document": "; pass Document(page_content=...), or call rerank(documents, query), which takes strings",
-    "NodeWithScore": "; pass NodeWithScore(node=TextNode(text=...)), or call RegoloClient.rerank with strings",
-}
-"""What to do with a text, by the type that was wanted."""
-
-
-def advise(given: str, kinds: tuple[type, ...]) -> str:
-    """Return what to do with a document of another kind, where that is known, without loading any framework."""
-    if kinds == (str,):
-        return _TEXTS.get(given, "")
-    if given == "str":
-        return _OBJECTS.get(kinds[0].__name__, "")
-    return ""

@@ -21,12 +21,14 @@ class Endpoint(NamedTuple):
 
     Attributes:
         url: The address.
+        address: The same as text.
         embedded: Whether the scorer on this machine answers.
         loopback: Whether nothing leaves this machine.
         is_regolo: Whether this is Regolo's own service, which answers nobody without a key.
     """
 
     url: httpx.URL
+    address: str
     embedded: bool = False
     loopback: bool = False
     is_regolo: bool = False
@@ -36,7 +38,8 @@ class Endpoint(NamedTuple):
 def read_base_url(base_url: str) -> Endpoint:
     """Read a base URL, with or without `/rerank` and slashes at its end; raise ValueError for any other text."""
     if base_url.rstrip("/") == "local:" and base_url.startswith("local://"):
-        return Endpoint(httpx.URL("local://embedded/rerank"), embedded=True, loopback=True)
+        address = "local://embedded/rerank"
+        return Endpoint(httpx.URL(address), address, embedded=True, loopback=True)
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -48,8 +51,10 @@ def read_base_url(base_url: str) -> Endpoint:
         raise ValueError("must hold no user, password or fragment; a key goes into api_key")
     path, mark, parameters = url.raw_path.partition(b"?")  # as it is: `%2F` is not `/`
     path = path.rstrip(b"/").removesuffix(b"/rerank") + b"/rerank"
+    url = url.copy_with(raw_path=path + mark + parameters)
     return Endpoint(
-        url.copy_with(raw_path=path + mark + parameters),
+        url,
+        str(url),
         loopback=_is_loopback(url.host),
         is_regolo=url.host == "regolo.ai" or url.host.endswith(".regolo.ai"),
     )

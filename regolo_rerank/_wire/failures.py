@@ -26,7 +26,7 @@ def translate_error(
         error: What was raised; what is safe to log of an error of httpx becomes the cause of ours.
         url: Where the request went.
         secret: The API key; where the server quotes it, "***" is shown.
-        seconds_left: Of the timeout; None where the client has its own.
+        seconds_left: What is left of the timeout, a tenth of it left out; None where the client has its own.
 
     Raises:
         Exception: The error itself, where it is neither of httpx nor of what lies below it: a mistake in a hook of the
@@ -34,8 +34,8 @@ def translate_error(
     """
     if isinstance(error, RegoloError):
         return error.with_traceback(None)
-    if mine := _find_callers_timeout(error, seconds_left):
-        raise mine from None
+    if callers := _find_callers_timeout(error, seconds_left):
+        raise callers from None
     host, words = url.netloc.decode(), mask(str(error), secret)
     from_below = _is_from_below(error)
     failure: RegoloError
@@ -60,7 +60,7 @@ def translate_error(
 
 
 def _find_callers_timeout(error: Exception, seconds_left: float | None) -> TimeoutError | None:
-    """Return the TimeoutError that somebody else has raised, where that is what it is: for a socket's it is too early.
+    """Return a TimeoutError that the caller's own code has raised, a signal handler say; None for the request's own.
 
     A signal handler raises in the middle of a read, and httpcore takes that for the read's own.
     """
@@ -70,7 +70,7 @@ def _find_callers_timeout(error: Exception, seconds_left: float | None) -> Timeo
         while origin is not None and _is_from_below(origin):
             origin = origin.__cause__ or origin.__context__
     early = seconds_left is None or seconds_left > 0
-    # With a number, it is the operating system's.
+    # The operating system's own has an errno.
     return origin if isinstance(origin, TimeoutError) and early and origin.errno is None else None
 
 

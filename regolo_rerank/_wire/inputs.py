@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from regolo_rerank._wire.checks import advise
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = ["check_documents", "check_pair", "check_query"]
@@ -57,9 +56,32 @@ def check_documents(documents: Iterable[T], *kinds: type, name: str = "documents
         for index, document in enumerate(listed):
             if not isinstance(document, kinds):
                 given = type(document).__name__
-                raise InvalidInputError(f"{name}[{index}]: must be {_name(kinds)}, got {given}{advise(given, kinds)}")
+                raise InvalidInputError(f"{name}[{index}]: must be {_name(kinds)}, got {given}{_advise(given, kinds)}")
     return listed
 
 
 def _name(kinds: tuple[type, ...]) -> str:
     return " or ".join(kind.__name__ for kind in kinds)
+
+
+_TEXTS: Final = {
+    "Document": "; pass its page_content, or rerank by regolo_rerank.langchain.RegoloRerank",
+    "TextNode": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
+    "NodeWithScore": "; pass its get_content(), or rerank by regolo_rerank.llama_index.RegoloRerank",
+}
+"""What to do with what is no text, by its type."""
+
+_OBJECTS: Final = {
+    "Document": "; pass Document(page_content=...), or call rerank(documents, query), which takes strings",
+    "NodeWithScore": "; pass NodeWithScore(node=TextNode(text=...)), or call RegoloClient.rerank with strings",
+}
+"""What to do with a text, by the type that was wanted."""
+
+
+def _advise(given: str, kinds: tuple[type, ...]) -> str:
+    """Return what to do with a document of another kind, where that is known, without loading any framework."""
+    if kinds == (str,):
+        return _TEXTS.get(given, "")
+    if given == "str":
+        return _OBJECTS.get(kinds[0].__name__, "")
+    return ""

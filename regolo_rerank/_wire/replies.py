@@ -15,7 +15,7 @@ from pydantic import SecretStr, ValidationError
 from regolo_rerank._wire.checks import API_KEY_VARIABLE
 from regolo_rerank._wire.masking import clean, mask, mask_all, spell
 from regolo_rerank._wire.messages import Reply
-from regolo_rerank._wire.names import request_id_of
+from regolo_rerank._wire.request_ids import request_id_of
 from regolo_rerank.errors import APIResponseError, APIStatusError, error_for_status
 
 __all__ = ["advise_on_length", "may_mean", "parse_number", "read_error", "read_reply"]
@@ -31,16 +31,16 @@ _CHARACTERS_A_TOKEN: Final = 2
 def read_reply(
     body: bytes | bytearray,
     headers: Mapping[str, str],
-    secret: SecretStr | None = None,
-    url: httpx.URL | None = None,
+    secret: SecretStr | None,
+    url: httpx.URL,
 ) -> Reply:
     """Read the body of a 2xx.
 
     Args:
         body: The body's bytes, decompressed.
-        headers: The reply's headers, their names in any case.
+        headers: The reply's headers, their names in lower case.
         secret: The API key; where the server quotes it, "***" is shown.
-        url: Where the request went; with it, the error says what to do.
+        url: Where the request went.
 
     Raises:
         APIResponseError: The body is not what the API promises.
@@ -55,7 +55,7 @@ def read_reply(
             return reply if secret is None else _mask_reply(secret, reply, body)
         problem = "an error in place of results"
     text, details = _read_error_text(body, secret)
-    if url is not None and text.lstrip().startswith("<"):
+    if text.lstrip().startswith("<"):
         problem = f"a web page has answered at {url}, and not the API: see base_url"
     raise APIResponseError(
         f"the reply cannot be trusted: {details.get('message') or problem}",
@@ -69,17 +69,17 @@ def read_error(
     status_code: int,
     body: bytes | bytearray,
     headers: Mapping[str, str],
-    secret: SecretStr | None = None,
-    url: httpx.URL | None = None,
+    secret: SecretStr | None,
+    url: httpx.URL,
 ) -> APIStatusError:
     """Return the error that a reply outside 2xx stands for.
 
     Args:
         status_code: The HTTP status.
         body: The body's bytes: JSON of any shape, HTML, plain text or nothing.
-        headers: The reply's headers, their names in any case.
+        headers: The reply's headers, their names in lower case.
         secret: The API key; where the server quotes it, "***" is shown.
-        url: Where the request went; with it, the error says what to do.
+        url: Where the request went.
     """
     text, details = _read_error_text(body, secret)
     message = details.get("message") or _strip_tags(text) or "the server gives no reason"
@@ -131,14 +131,12 @@ def _begins_in(part: str, whole: str) -> bool:
     return bool(begin) and begin in text
 
 
-def _advise(status_code: int, secret: SecretStr | None, url: httpx.URL | None) -> str:
+def _advise(status_code: int, secret: SecretStr | None, url: httpx.URL) -> str:
     """Return what the caller can do about a status."""
-    if url is None or status_code not in {401, 404, 405}:
-        return ""
     if status_code == 401:
         todo = "set" if secret is None else "check"
         return f"; {todo} the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
-    return f"; nothing to rerank with at {url}: see base_url"
+    return f"; nothing to rerank with at {url}: see base_url" if status_code in {404, 405} else ""
 
 
 def _read_error_text(body: bytes | bytearray, secret: SecretStr | None) -> tuple[str, dict[str, str | None]]:

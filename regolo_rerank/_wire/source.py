@@ -5,8 +5,6 @@ set up. Then `x-litellm-attempted-fallbacks` is above 0, and `x-litellm-model-gr
 the name alone tells nothing, because an alias keeps the one that was asked for.
 """
 
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -14,14 +12,12 @@ from pydantic import SecretStr
 
 from regolo_rerank._wire.masking import mask
 from regolo_rerank._wire.messages import Reply
-from regolo_rerank._wire.names import request_id_of
 from regolo_rerank._wire.replies import parse_number
-from regolo_rerank.errors import APIResponseError, RerankSubstituteWarning
+from regolo_rerank._wire.request_ids import request_id_of
+from regolo_rerank.errors import APIResponseError, RerankSubstituteWarning, warn
 from regolo_rerank.results import Usage
 
 __all__ = ["CACHE", "Source", "add_up", "agree_on_model", "read_source", "refuse_substitute"]
-
-_log = logging.getLogger("regolo_rerank")
 
 
 class Source(NamedTuple):
@@ -56,7 +52,7 @@ def read_source(headers: Mapping[str, str], reply: Reply, secret: SecretStr | No
     """Return what a reply says of itself.
 
     Args:
-        headers: The reply's headers, their names in any case.
+        headers: The reply's headers, their names in lower case.
         reply: Its body; vLLM and Infinity name the model there.
         secret: The API key; where the server quotes it, "***" is shown.
         requests: Requests sent until it came.
@@ -118,9 +114,7 @@ def agree_on_model(asked: str, sources: Sequence[Source]) -> str | None:
         )
     if True in substitutes:
         words = f"{asked!r} was asked for, and the ranking is that of {_name(sources[0])}, on a scale of its own"
-        # Python shows a warning once; the log has each.
-        _log.warning(words)
-        warnings.warn(words, RerankSubstituteWarning, stacklevel=2)
+        warn(words, RerankSubstituteWarning)
     return next(iter(models), None)
 
 

@@ -43,6 +43,15 @@ def test_the_callers_own_http_client_counts(mode: str, stub: Stub) -> None:
     assert [request.headers["x-mine"] for request in stub.received] == ["1", "1"]
 
 
+@pytest.mark.parametrize(("key", "sent"), [(KEY, f"Bearer {KEY}"), ("", "Basic dXNlcjp3b3Jk")], ids=["key", "none"])
+def test_the_key_goes_before_the_authentication_of_the_callers_client(
+    mode: str, key: str, sent: str, stub: Stub
+) -> None:
+    """A caller's client that has an `auth` of its own does not put it in the key's place; without a key it counts."""
+    ranked_over(mode, {"auth": ("user", "word")}, base_url=stub.url, api_key=key)
+    assert [request.headers["authorization"] for request in stub.received] == [sent]
+
+
 def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub) -> None:
     """A header of the caller's own http client that HTTP does not allow fails at once."""
     with pytest.raises(APIConnectionError, match="Illegal header"):

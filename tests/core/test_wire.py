@@ -14,6 +14,7 @@ from tests.support.exchanges import CLASSES, DOCUMENTS, MODEL, OWN, QUERY, RECOR
 from tests.support.stub import Reply, Stub, results
 
 RECORDED = list(recorded())
+URL = httpx.URL("https://rerank.invalid/rerank")
 
 
 def arguments_of(exchange: Exchange) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def test_the_error_for_the_context_length_names_the_longest_document(rank: Rank,
 )
 def test_every_shape_of_an_error_body_is_read(body: str, message: str, code: str | None, kind: str | None) -> None:
     """The reason, the code and the type are found wherever a server puts them, and a body of no shape is quoted."""
-    error = read_error(500, body.encode("latin-1"), httpx.Headers())
+    error = read_error(500, body.encode("latin-1"), httpx.Headers(), None, URL)
     assert str(error) == f"{message} [HTTP 500]"
     assert (error.code, error.type) == (code, kind)
 
@@ -197,19 +198,19 @@ def test_every_shape_of_an_error_body_is_read(body: str, message: str, code: str
 def test_no_depth_of_an_error_body_is_too_much(depth: int) -> None:
     """An error that is nested as deep as Python can just read is still an error of ours."""
     body = '{"detail": [' + "[" * depth + "]" * depth + "]}"
-    assert read_error(400, body.encode(), httpx.Headers()).status_code == 400
+    assert read_error(400, body.encode(), httpx.Headers(), None, URL).status_code == 400
 
 
 def test_a_long_error_is_clipped() -> None:
     """Message and body of an error hold at most 2,000 characters of the server's."""
-    error = read_error(500, json.dumps({"error": "x" * 9_000}).encode(), httpx.Headers())
+    error = read_error(500, json.dumps({"error": "x" * 9_000}).encode(), httpx.Headers(), None, URL)
     assert str(error) == "x" * 2_000 + " [HTTP 500]"
     assert len(error.body) == 2_000
 
 
 def test_a_redirect_says_where_the_server_points_to() -> None:
     """A redirect is an error that names the address and the option to set."""
-    error = read_error(308, b"moved", httpx.Headers({"location": "https://api.example/v2"}))
+    error = read_error(308, b"moved", httpx.Headers({"location": "https://api.example/v2"}), None, URL)
     assert type(error) is APIStatusError
     assert str(error).startswith("the server points to https://api.example/v2, ")
     assert "base_url" in str(error)
@@ -254,7 +255,7 @@ RESET = "Limit type: {}. Current limit: 5, Remaining: 0. Limit resets at: 2026-1
 )
 def test_the_wait_that_the_server_asks_for(headers: dict[str, str], message: str, seconds: float | None) -> None:
     """Headers count before words, dates by the server's own clock, and nonsense not at all."""
-    error = read_error(429, json.dumps({"error": message}).encode(), httpx.Headers(headers))
+    error = read_error(429, json.dumps({"error": message}).encode(), httpx.Headers(headers), None, URL)
     assert error.retry_after == seconds
 
 
@@ -280,7 +281,7 @@ def test_the_wait_that_the_server_asks_for(headers: dict[str, str], message: str
 )
 def test_tokens_are_found_wherever_a_backend_counts_them(fields: dict[str, Any], tokens: int | None) -> None:
     """Each known place is read, and anything but a count is no count."""
-    reply = read_reply(json.dumps({"results": [], **fields}).encode(), httpx.Headers())
+    reply = read_reply(json.dumps({"results": [], **fields}).encode(), httpx.Headers(), None, URL)
     assert reply.total_tokens == tokens
 
 
@@ -288,7 +289,7 @@ def test_tokens_are_found_wherever_a_backend_counts_them(fields: dict[str, Any],
     ("body", "problem"),
     [
         (b"", "Invalid JSON"),
-        (b"<html>", "Invalid JSON"),
+        (b"<html>", "a web page has answered at https://rerank.invalid/rerank"),
         (b'{"results": [{"index": 0, "relevance_score": 0.5}]', "Invalid JSON"),
         (b'{"results": [{"index": 0, "relevance_score": 0.5}], "id": "\xff"}', "Invalid JSON"),
         (b"[]", "object"),
@@ -312,7 +313,7 @@ def test_tokens_are_found_wherever_a_backend_counts_them(fields: dict[str, Any],
 def test_a_2xx_of_the_wrong_shape_cannot_be_trusted(body: bytes, problem: str) -> None:
     """The error says what is wrong, and holds the body and the request id."""
     with pytest.raises(APIResponseError, match=r"^the reply cannot be trusted: ") as caught:
-        read_reply(body, httpx.Headers({"x-litellm-call-id": "call-1"}))
+        read_reply(body, httpx.Headers({"x-litellm-call-id": "call-1"}), None, URL)
     assert problem in str(caught.value)
     assert caught.value.body == body.decode("utf-8", "replace")
     assert caught.value.request_id == "call-1"
@@ -360,15 +361,15 @@ def test_no_spelling_of_the_key_is_shown() -> None:
     key = 'sk-"a/b<c\\'
     body = json.dumps({"error": {"message": f"bad key {key}", "type": key, "code": key}}).replace("/", r"\/")
     headers = httpx.Headers({"location": f"https://x/?k={key}", "x-litellm-call-id": f"id-{key}"})
-    refused = read_error(401, body.encode(), httpx.Headers(), SecretStr(key))
-    assert str(refused) == "bad key *** [HTTP 401]"
+    refused = read_error(403, body.encode(), httpx.Headers(), SecretStr(key), URL)
+    assert str(refused) == "bad key *** [HTTP 403]"
     assert (refused.type, refused.code) == ("***", "***")
     assert key not in json.loads(refused.body)["error"]["message"]
-    redirected = read_error(302, b"", headers, SecretStr(key))
+    redirected = read_error(302, b"", headers, SecretStr(key), URL)
     assert redirected.request_id == "id-***"
     assert key not in str(redirected)
     with pytest.raises(APIResponseError) as caught:
-        read_reply(body.encode(), headers, SecretStr(key))
+        read_reply(body.encode(), headers, SecretStr(key), URL)
     assert key not in f"{caught.value} {caught.value.__dict__}"
 
 
@@ -405,22 +406,22 @@ def test_a_short_key_breaks_nothing(key: str, status: int, rank: Rank, stub: Stu
 
 def test_a_short_key_is_masked_as_a_whole_word() -> None:
     """A key of fewer than eight characters is masked where it stands alone, a longer one anywhere."""
-    refused = read_error(401, b"bad key 123, not 1234 or x123", httpx.Headers(), SecretStr("123"))
-    assert str(refused) == "bad key ***, not 1234 or x123 [HTTP 401]"
-    refused = read_error(401, b"bad key x12345678x", httpx.Headers(), SecretStr("12345678"))
-    assert str(refused) == "bad key x***x [HTTP 401]"
+    refused = read_error(403, b"bad key 123, not 1234 or x123", httpx.Headers(), SecretStr("123"), URL)
+    assert str(refused) == "bad key ***, not 1234 or x123 [HTTP 403]"
+    refused = read_error(403, b"bad key x12345678x", httpx.Headers(), SecretStr("12345678"), URL)
+    assert str(refused) == "bad key x***x [HTTP 403]"
 
 
 def test_a_200_with_an_empty_error_says_that_it_has_one() -> None:
     """An error without words is still an error in place of results."""
     with pytest.raises(APIResponseError, match="an error in place of results"):
-        read_reply(b'{"results": [], "error": {}}', httpx.Headers())
+        read_reply(b'{"results": [], "error": {}}', httpx.Headers(), None, URL)
 
 
 @pytest.mark.parametrize("secret", [None, SecretStr("")])
 def test_without_a_key_nothing_is_masked(secret: SecretStr | None) -> None:
     """Where no key was sent, the server's words stay as they are."""
-    assert str(read_error(401, b"no key passed in", httpx.Headers(), secret)) == "no key passed in [HTTP 401]"
+    assert str(read_error(403, b"no key passed in", httpx.Headers(), secret, URL)) == "no key passed in [HTTP 403]"
 
 
 @pytest.mark.parametrize(

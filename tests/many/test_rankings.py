@@ -90,17 +90,20 @@ def test_local_needs_no_server(many: Many) -> None:
 @pytest.mark.parametrize("own", [True, False], ids=["own client", "caller's client"])
 def test_options_are_those_of_the_call(many: Many, stub: Stub, *, own: bool) -> None:
     """What is assigned to the client between the call and its first ranking counts for later calls only."""
-    headers = {"x-mine": "1"}
+    headers, sent = {"x-mine": "1"}, list[httpx.Request]()
+
+    async def note(request: httpx.Request) -> None:
+        sent.append(request)
 
     async def run(client: RegoloClient) -> list[Any]:
-        async with httpx.AsyncClient(headers=headers) as mine, client:
+        async with httpx.AsyncClient(headers=headers, event_hooks={"request": [note]}) as mine, client:
             client.async_http_client = None if own else mine
             ranked = client.arerank_many(smalls(3))
             client.async_http_client, client.model = mine if own else None, "other"
             return [response async for response in ranked]
 
     def run_sync(client: RegoloClient) -> list[Any]:
-        with httpx.Client(headers=headers) as mine, client:
+        with httpx.Client(headers=headers, event_hooks={"request": [sent.append]}) as mine, client:
             client.http_client = None if own else mine
             ranked = client.rerank_many(smalls(3))
             client.http_client, client.model = mine if own else None, "other"
@@ -110,3 +113,4 @@ def test_options_are_those_of_the_call(many: Many, stub: Stub, *, own: bool) -> 
     assert len(run_sync(client) if many.mode == "sync" else asyncio.run(run(client))) == 3
     assert {request.json["model"] for request in stub.received} == {"Qwen3-Reranker-4B"}
     assert {"x-mine" in request.headers for request in stub.received} == {not own}
+    assert len(sent) == (0 if own else 3)

@@ -8,8 +8,8 @@ from typing import Final
 import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
 import pytest
 
+from regolo_rerank._wire.checks import API_KEY_VARIABLE
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
-from regolo_rerank.options import API_KEY_VARIABLE
 from tests.conftest import KEY
 from tests.support.stub import Stub, scored
 

@@ -12,8 +12,8 @@ import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a 
 import pytest
 
 from regolo_rerank import RegoloClient
+from regolo_rerank._wire.checks import API_KEY_VARIABLE
 from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
-from regolo_rerank.options import API_KEY_VARIABLE
 from tests.conftest import KEY
 from tests.external.ray.page import AGAIN, GROUPED, RECIPE
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored

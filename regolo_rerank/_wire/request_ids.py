@@ -9,16 +9,16 @@ from pydantic import SecretStr
 
 from regolo_rerank._wire.masking import clean
 
-__all__ = ["is_reply_to_another", "new_name", "request_id_of"]
+__all__ = ["is_reply_to_another", "new_id_headers", "request_id_of"]
 
-_NAME_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
-_NAME: Final = "regolo_rerank-"
+_ID_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+_PREFIX: Final = "regolo_rerank-"
 """How the names of this package's requests begin."""
 
 
-def new_name() -> dict[str, str]:
+def new_id_headers() -> dict[str, str]:
     """Return the headers that give a request a name: LiteLLM takes the first for its own, vLLM the second."""
-    return dict.fromkeys(_NAME_HEADERS, f"{_NAME}{os.urandom(16).hex()}")
+    return dict.fromkeys(_ID_HEADERS, f"{_PREFIX}{os.urandom(16).hex()}")
 
 
 def is_reply_to_another(response: httpx.Response, headers: Mapping[str, str]) -> bool:
@@ -27,13 +27,13 @@ def is_reply_to_another(response: httpx.Response, headers: Mapping[str, str]) ->
     Of two replies to one request, httpx takes the second for the next one's. A recorded reply is from no server.
     """
     if "network_stream" in response.extensions:
-        for header in _NAME_HEADERS:
+        for header in _ID_HEADERS:
             name = headers.get(header, "")
-            if name.startswith(_NAME) and response.request.headers.get(header, "") not in name:
+            if name.startswith(_PREFIX) and response.request.headers.get(header, "") not in name:
                 return True
     return False
 
 
-def request_id_of(headers: Mapping[str, str], secret: SecretStr | None = None) -> str | None:
+def request_id_of(headers: Mapping[str, str], secret: SecretStr | None) -> str | None:
     """Return the server's name for a request, where it gives one."""
-    return clean(next(filter(None, map(headers.get, _NAME_HEADERS)), None), secret)
+    return clean(next(filter(None, map(headers.get, _ID_HEADERS)), None), secret)
