@@ -42,15 +42,12 @@ class _IdlePools(Generic[P]):
         except IndexError:
             return self._open()
 
-    def _drop(self, seconds: float) -> list[P]:
-        """Give up the pools that were idle for so long; whoever asks closes them."""
-        dropped = []
+    def _take_old(self, seconds: float) -> P | None:
+        """Return a pool that was idle for so long; whoever takes it closes it, before the next."""
         try:
-            while time.monotonic() - self._idle[0][0] >= seconds:
-                dropped.append(self._idle.popleft()[1])
+            return self._idle.popleft()[1] if time.monotonic() - self._idle[0][0] >= seconds else None
         except IndexError:
-            pass  # none is left, or another thread has taken it
-        return dropped
+            return None  # none is left, or another thread has taken it
 
 
 class Done:
@@ -129,8 +126,8 @@ class SpreadTransport(_IdlePools[_Pool], httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        for dropped in self._drop(KEEPALIVE):
-            dropped.close()
+        while old := self._take_old(KEEPALIVE):
+            old.close()
         pool = self._take()
         done: Done = request.extensions[DONE_EXTENSION]
         if pool.stream is None or pool.stream.get_extra_info("is_readable"):  # it opens a new connection
@@ -152,8 +149,8 @@ class SpreadTransport(_IdlePools[_Pool], httpx.BaseTransport):
 
     def close(self) -> None:
         """Close the connections that no request uses."""
-        for dropped in self._drop(0.0):
-            dropped.close()
+        while old := self._take_old(0.0):
+            old.close()
 
 
 class AsyncSpreadTransport(_IdlePools[httpx.AsyncHTTPTransport], httpx.AsyncBaseTransport):
@@ -165,8 +162,8 @@ class AsyncSpreadTransport(_IdlePools[httpx.AsyncHTTPTransport], httpx.AsyncBase
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and return the reply with its body still to come."""
-        for dropped in self._drop(KEEPALIVE):
-            await dropped.aclose()
+        while old := self._take_old(KEEPALIVE):
+            await old.aclose()
         pool = self._take()
         try:
             response = await pool.handle_async_request(request)
@@ -185,8 +182,8 @@ class AsyncSpreadTransport(_IdlePools[httpx.AsyncHTTPTransport], httpx.AsyncBase
     async def aclose(self) -> None:
         """Close all connections; those in use are closed at the end of their reply."""
         self._is_closed = True
-        for dropped in self._drop(0.0):
-            await dropped.aclose()
+        while old := self._take_old(0.0):
+            await old.aclose()
 
 
 class _Body(httpx.SyncByteStream):

@@ -36,6 +36,7 @@ class RawReply:
 
     Raises:
         APIResponseError: It is the reply to another request, or a 2xx compressed in a way that was not asked for.
+        httpx.StreamClosed: A hook of the client has closed it unread.
     """
 
     def __init__(self, response: httpx.Response, deadline: float | None) -> None:
@@ -45,6 +46,9 @@ class RawReply:
             raise APIResponseError("the reply cannot be trusted: it belongs to another request")
         self.content = bytearray()
         self.is_complete = response.is_stream_consumed
+        if response.is_closed and not self.is_complete:
+            raise httpx.StreamClosed
+        response.is_stream_consumed = True  # as httpx's own readers do
         self._deadline = deadline
         self._is_success = response.is_success
         self._is_readable = True

@@ -5,6 +5,7 @@ set up. Then `x-litellm-attempted-fallbacks` is above 0, and `x-litellm-model-gr
 the name alone tells nothing, because an alias keeps the one that was asked for.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -82,14 +83,13 @@ def refuse_substitute(asked: str, substitute: Source) -> APIResponseError:
 
 def add_up(sources: Sequence[Source]) -> Usage:
     """Return what all requests of a call took, as far as their replies tell."""
-    usage = Usage()
-    for source in sources:
-        usage.requests += source.requests
-        if source.tokens is not None:
-            usage.total_tokens = (usage.total_tokens or 0) + source.tokens
-        if source.cost is not None:
-            usage.cost = (usage.cost or 0.0) + source.cost
-    return usage
+    tokens = [source.tokens for source in sources if source.tokens is not None]
+    costs = [source.cost for source in sources if source.cost is not None]
+    return Usage(
+        total_tokens=sum(tokens) if tokens else None,
+        requests=sum(source.requests for source in sources),
+        cost=math.fsum(costs) if costs else None,
+    )
 
 
 def agree_on_model(asked: str, sources: Sequence[Source]) -> str | None:

@@ -317,6 +317,26 @@ def test_what_was_idle_for_too_long_is_not_used_again(mode: str, stub: Stub, mon
     asyncio.run(three_requests_and_one())
 
 
+def test_a_cancelled_call_loses_no_connection(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever connections a call was about to close when it was cancelled, a later one closes."""
+    stub.reply = together(3)
+
+    async def run() -> None:
+        before = sockets()
+        async with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+            await client.arerank("q", ["a", "b", "c"])
+            keep_idle_for(0.0, monkeypatch)
+            call = asyncio.create_task(client.arerank("q", ["a"]))
+            await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            assert call.cancelled()
+            assert stub.connections == 3
+        assert soon(lambda: sockets() == before)
+
+    asyncio.run(run())
+
+
 def test_connections_are_kept_across_calls(mode: str, client: RegoloClient, stub: Stub) -> None:
     """Calls in a row share one connection, and a closed client opens a new one."""
 

@@ -16,7 +16,6 @@ from tests.conftest import KEY
 from tests.support.faults import Fault, FaultServer, good, http, sends, stalls
 from tests.support.inside import workers
 from tests.support.observed import soon
-from tests.support.stub import Stub
 
 FAULTS: dict[str, list[Fault]] = {
     "at once": [],
@@ -83,7 +82,8 @@ def test_a_call_frees_its_documents(mode: str, faults: list[Fault], size: int, *
         assert not [text() for text in seen if text() is not None]
 
 
-def test_a_call_frees_its_requests(mode: str, stub: Stub) -> None:
+@pytest.mark.parametrize("fault", [good, stalls(http(b"x" * 9, content_length="99"), 5)], ids=["whole", "half"])
+def test_a_call_frees_its_requests(mode: str, fault: Fault) -> None:
     """Requests and replies, whose bodies hold all documents once more, are gone with their call too."""
     seen: list[weakref.ref[Any]] = []
 
@@ -93,14 +93,17 @@ def test_a_call_frees_its_requests(mode: str, stub: Stub) -> None:
     async def awatch(response: httpx.Response) -> None:
         watch(response)
 
-    def called() -> None:
-        with httpx.Client(event_hooks={"response": [watch]}) as own:
-            RegoloClient(KEY, base_url=stub.url, http_client=own).rerank("q", ["a"])
+    def called(url: str) -> None:
+        with httpx.Client(event_hooks={"response": [watch]}, timeout=0.2) as own, suppress(RegoloError):
+            RegoloClient(KEY, base_url=url, http_client=own, max_retries=0).rerank("q", ["a score=0.5"])
 
-    async def acalled() -> None:
-        async with httpx.AsyncClient(event_hooks={"response": [awatch]}) as own:
-            await RegoloClient(KEY, base_url=stub.url, async_http_client=own).arerank("q", ["a"])
+    async def acalled(url: str) -> None:
+        async with httpx.AsyncClient(event_hooks={"response": [awatch]}, timeout=0.2) as own:
+            with suppress(RegoloError):
+                await RegoloClient(KEY, base_url=url, async_http_client=own, max_retries=0).arerank(
+                    "q", ["a score=0.5"]
+                )
 
-    with without_collector():
-        called() if mode == "sync" else asyncio.run(acalled())
+    with FaultServer(usual=fault) as server, without_collector():
+        called(server.url) if mode == "sync" else asyncio.run(acalled(server.url))
         assert [each() for each in seen] == [None, None]

@@ -59,6 +59,18 @@ def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub)
     assert not stub.received
 
 
+def test_a_reply_that_a_hook_has_closed_is_not_asked_for_again(mode: str, stub: Stub) -> None:
+    """Where a hook of the caller's client closes a reply unread, the error says so, and it is sent once."""
+
+    async def close(response: httpx.Response) -> None:
+        await response.aclose()
+
+    hook = httpx.Response.close if mode == "sync" else close
+    with pytest.raises(APIConnectionError, match="the stream has been closed"):
+        ranked_over(mode, {"event_hooks": {"response": [hook]}}, base_url=stub.url)
+    assert len(stub.received) == 1
+
+
 def test_a_closed_http_client_is_an_error_that_says_so(rank: Rank, stub: Stub) -> None:
     """A caller's client that is closed is named, and not tried again."""
     closed, aclosed = httpx.Client(), httpx.AsyncClient()

@@ -181,7 +181,8 @@ def test_httpx_waits_no_shorter_than_the_timeout(
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", watch)
     monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", awatch)
     rank(RegoloClient(KEY, base_url=stub.url, timeout=20), "q", ["a"])
-    assert set(seen[0].extensions["timeout"].values()) == {20 if mode == "sync" else None}
+    waits = set(seen[0].extensions.get("timeout", {}).values())
+    assert waits == {20} if mode == "sync" else waits <= {None}
     assert json.loads(seen[0].content)["documents"]  # it may be looked at
 
 
