@@ -4,6 +4,7 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 (a document's score does not depend on the others in its request), so the replies merge exactly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from operator import attrgetter
@@ -11,11 +12,11 @@ from typing import Any
 
 from regolo_rerank._wire.messages import Reply, encode, repair
 from regolo_rerank._wire.replies import may_mean
-from regolo_rerank._wire.source import CACHE, Source, add_up, agree_on_model
+from regolo_rerank._wire.source import CACHE, Source, agree_on_model
 from regolo_rerank.errors import APIResponseError, InvalidInputError
 from regolo_rerank.options import Options
 from regolo_rerank.prompts import PromptFormat
-from regolo_rerank.results import RerankResponse, RerankResult
+from regolo_rerank.results import RerankResponse, RerankResult, Usage
 
 __all__ = ["Plan"]
 
@@ -164,7 +165,7 @@ class Plan:
             id=first.id,
             results=self._rank(),
             meta=first.meta,
-            usage=add_up(sources),
+            usage=_add_up(sources),
             request_ids=[source.request_id for source in sources if source.request_id is not None],
             model=agree_on_model(self._options.model, [*self._cached, *sources]),
         )
@@ -197,6 +198,17 @@ def _find_distinct(documents: Sequence[str], max_chars: int | None) -> tuple[Seq
     texts = [text for text in numbers if text and not text.isspace()]
     numbers.update(zip(texts, range(len(texts)), strict=True))
     return [numbers[text] for text in scored], texts
+
+
+def _add_up(sources: Sequence[Source]) -> Usage:
+    """Return what all requests of a call took, as far as their replies tell."""
+    tokens = [source.tokens for source in sources if source.tokens is not None]
+    costs = [source.cost for source in sources if source.cost is not None]
+    return Usage(
+        total_tokens=sum(tokens) if tokens else None,
+        requests=sum(source.requests for source in sources),
+        cost=math.fsum(costs) if costs else None,
+    )
 
 
 def _distrust(problem: str, source: Source) -> APIResponseError:

@@ -5,7 +5,6 @@ set up. Then `x-litellm-attempted-fallbacks` is above 0, and `x-litellm-model-gr
 the name alone tells nothing, because an alias keeps the one that was asked for.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,9 +15,8 @@ from regolo_rerank._wire.messages import Reply
 from regolo_rerank._wire.replies import parse_number
 from regolo_rerank._wire.request_ids import request_id_of
 from regolo_rerank.errors import APIResponseError, RerankSubstituteWarning, warn
-from regolo_rerank.results import Usage
 
-__all__ = ["CACHE", "Source", "add_up", "agree_on_model", "read_source", "refuse_substitute"]
+__all__ = ["CACHE", "Source", "agree_on_model", "read_source", "refuse_substitute"]
 
 
 class Source(NamedTuple):
@@ -78,17 +76,6 @@ def refuse_substitute(asked: str, substitute: Source) -> APIResponseError:
         f"the reply cannot be trusted: {asked!r} was asked for, and {_name(substitute)} has answered in its place; the "
         f"option allow_substitutes takes such rankings",
         request_id=substitute.request_id,
-    )
-
-
-def add_up(sources: Sequence[Source]) -> Usage:
-    """Return what all requests of a call took, as far as their replies tell."""
-    tokens = [source.tokens for source in sources if source.tokens is not None]
-    costs = [source.cost for source in sources if source.cost is not None]
-    return Usage(
-        total_tokens=sum(tokens) if tokens else None,
-        requests=sum(source.requests for source in sources),
-        cost=math.fsum(costs) if costs else None,
     )
 
 
