@@ -117,15 +117,19 @@ class Plan:
         """
         asked = self._ask_for(len(batch)) or len(batch)
         scores: dict[int, float] = {}
+        echoes: dict[int, str] = {}
         for result in reply.results:
-            if not 0 <= result.index < len(batch):
-                raise _distrust(f"it names document {result.index} of {len(batch)}", source)
-            if batch[result.index] in scores:
-                raise _distrust(f"it names document {result.index} twice", source)
-            scores[batch[result.index]] = result.relevance_score
+            index, echo = result.index, result.echo
+            if not 0 <= index < len(batch):
+                raise _distrust(f"it names document {index} of {len(batch)}", source)
+            if batch[index] in scores:
+                raise _distrust(f"it names document {index} twice", source)
+            scores[batch[index]] = result.relevance_score
+            if echo is not None:
+                echoes[batch[index]] = echo
         if len(scores) < asked:
             raise _distrust(f"it ranks {len(scores)} documents where {asked} were asked for", source)
-        if echoes := {batch[result.index]: echo for result in reply.results if (echo := result.echo) is not None}:
+        if echoes:
             expected = self._format.format_documents([self.texts[slot] for slot in echoes])
             for echo, text in zip(echoes.values(), expected, strict=True):
                 if echo != text and not may_mean(echo, repair(text)):

@@ -1,16 +1,26 @@
 """What all requests of a call have in common."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from pydantic import SecretStr
 
 from regolo_rerank._core.retry import RateLimitHold
+from regolo_rerank._transports.clients import Clients
 from regolo_rerank._transports.local import SCORER_EXTENSION
 from regolo_rerank._wire.request_ids import new_id_headers
 from regolo_rerank.options import Options
 
-__all__ = ["RequestConfig"]
+__all__ = ["RequestConfig", "Shared"]
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all calls of a reranker share, and its copies do not."""
+
+    clients: Clients = field(default_factory=Clients)
+    hold: RateLimitHold = field(default_factory=RateLimitHold)
 
 
 class RequestConfig:
@@ -32,11 +42,11 @@ class RequestConfig:
         self,
         options: Options,
         user_agent: str,
-        hold: RateLimitHold,
+        shared: Shared,
         callers_client: httpx.Client | httpx.AsyncClient | None,
     ) -> None:
         self.options = options
-        self.hold = hold
+        self.clients, self.hold = shared.clients, shared.hold
         self.callers_client = callers_client
         self.endpoint = options.endpoint()
         self.prompt_format = options.format_for(self.endpoint)

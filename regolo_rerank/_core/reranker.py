@@ -9,9 +9,7 @@ from pydantic import PrivateAttr
 
 from regolo_rerank._core import tasks, threads
 from regolo_rerank._core.call import Call
-from regolo_rerank._core.config import RequestConfig
-from regolo_rerank._core.retry import RateLimitHold
-from regolo_rerank._transports.clients import Clients
+from regolo_rerank._core.config import RequestConfig, Shared
 from regolo_rerank._transports.spread import Done
 from regolo_rerank._version import __version__
 from regolo_rerank.errors import InvalidInputError
@@ -28,20 +26,19 @@ class Reranker(Options):
     large number of short-lived objects, use each as a (async) context manager, or share one httpx client.
     """
 
-    _clients: Clients = PrivateAttr(default_factory=Clients)
-    _hold: RateLimitHold = PrivateAttr(default_factory=RateLimitHold)
+    _shared: Shared = PrivateAttr(default_factory=Shared)
 
     user_agent: ClassVar[str] = f"regolo_rerank/{__version__}"
     """What requests call themselves: this package and its version, and in adapters the framework and its."""
 
     def _part_from_original(self) -> None:
-        self._clients, self._hold = Clients(), RateLimitHold()
+        self._shared = Shared()
 
     def _configure(self, callers_client: httpx.Client | httpx.AsyncClient | None, **arguments: Any) -> RequestConfig:
-        return RequestConfig(self.for_call(**arguments), self.user_agent, self._hold, callers_client)
+        return RequestConfig(self.for_call(**arguments), self.user_agent, self._shared, callers_client)
 
     def _client_for(self, config: RequestConfig) -> httpx.Client:
-        return config.options.http_client or self._clients.client(config.endpoint)
+        return config.options.http_client or config.clients.client(config.endpoint)
 
     async def _async_client_for(self, config: RequestConfig) -> httpx.AsyncClient:
         try:
@@ -50,7 +47,7 @@ class Reranker(Options):
             raise InvalidInputError(
                 "async calls need asyncio's event loop, and none is running, as under trio"
             ) from None
-        return config.options.async_http_client or await self._clients.loop_client(config.endpoint)
+        return config.options.async_http_client or await config.clients.loop_client(config.endpoint)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
         config = self._configure(self.http_client, **arguments)
@@ -74,11 +71,11 @@ class Reranker(Options):
 
     def close(self) -> None:
         """Close the connections of sync calls; the next call opens new ones."""
-        self._clients.close()
+        self._shared.clients.close()
 
     async def aclose(self) -> None:
         """Close the connections of sync calls, and of async calls in the running event loop."""
-        await self._clients.aclose()
+        await self._shared.clients.aclose()
 
     def __enter__(self) -> Self:
         return self

@@ -66,28 +66,28 @@ def private_state_of(reranker: Reranker) -> object:
 
 def connections_of(reranker: Reranker) -> object:
     """Return what holds the connections, the same object for as long as the client or adapter lives."""
-    return reranker._clients
+    return reranker._shared.clients
 
 
 def loops_of(reranker: Reranker) -> list[asyncio.AbstractEventLoop]:
     """Return the event loops in which connections are held."""
-    return list(reranker._clients._loops)
+    return list(reranker._shared.clients._loops)
 
 
 def pools_of(reranker: Reranker) -> int:
     """Return how many httpx clients are held: one for sync calls, and one for each event loop."""
-    return len(reranker._clients._loops) + len(reranker._clients._clients)
+    return len(reranker._shared.clients._loops) + len(reranker._shared.clients._clients)
 
 
 async def close_pool_of(reranker: Reranker, loop: asyncio.AbstractEventLoop) -> None:
     """Close the connections of an event loop, and leave them where they are held."""
-    for client, _ in reranker._clients._loops[loop].values():
+    for client, _ in reranker._shared.clients._loops[loop].values():
         await client.aclose()
 
 
 def refusal_of(reranker: Reranker) -> Exception:
     """Return the 429 that held back all requests of a client or an adapter last."""
-    return reranker._hold._refusal
+    return reranker._shared.hold._refusal
 
 
 def ssl_context_of(reranker: Reranker, mode: str) -> ssl.SSLContext:
@@ -98,9 +98,9 @@ def ssl_context_of(reranker: Reranker, mode: str) -> ssl.SSLContext:
         return context
 
     async def aread() -> ssl.SSLContext:
-        return read(await reranker._clients.loop_client(reranker.endpoint()))
+        return read(await reranker._shared.clients.loop_client(reranker.endpoint()))
 
-    return asyncio.run(aread()) if mode == "async" else read(reranker._clients.client(reranker.endpoint()))
+    return asyncio.run(aread()) if mode == "async" else read(reranker._shared.clients.client(reranker.endpoint()))
 
 
 def write_labels(axes: Any, texts: list[str], size: float) -> None:
