@@ -116,8 +116,7 @@ class Plan:
             APIResponseError: It leaves a document out, names one twice, or names or echoes one that was not sent.
         """
         asked = self._ask_for(len(batch)) or len(batch)
-        scores: dict[int, float] = {}
-        echoes: dict[int, str] = {}
+        scores, echoes = dict[int, float](), dict[int, str]()
         for result in reply.results:
             index, echo = result.index, result.echo
             if not 0 <= index < len(batch):
@@ -186,6 +185,8 @@ class Plan:
         if options.score_threshold is not None:
             # No blank document passes a threshold.
             return [result for result in ranked if result.relevance_score >= options.score_threshold]
+        if len(ranked) == options.top_n:
+            return ranked  # with no place for a blank document
         worst = min(0.0, ranked[-1].relevance_score if ranked else 0.0)
         blank = [
             RerankResult(index, worst, self._documents[index]) for index, slot in enumerate(self._slots) if slot is None

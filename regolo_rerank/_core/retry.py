@@ -51,10 +51,7 @@ def backoff(failures: int) -> float:
 
 
 def window_backoff(failures: int) -> float:
-    """Return the seconds to wait after a 429 that names no time: 1 to 2, 5 to 10, 25 to 50.
-
-    The gateway's window is a minute.
-    """
+    """Return the seconds to wait after a 429 that names no time, in a window of a minute: 1 to 2, 5 to 10, 25 to 50."""
     return 5.0 ** min(failures - 1, 2) * random.uniform(1, 2)  # noqa: S311 - spreads load, guards nothing
 
 

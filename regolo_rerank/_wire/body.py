@@ -50,7 +50,7 @@ class RawReply:
             raise httpx.StreamClosed
         response.is_stream_consumed = True  # as httpx's own readers do
         self._deadline = deadline
-        self._is_success = response.is_success
+        self._is_success = 200 <= response.status_code < 300
         self._is_readable = True
         self._received = 0
         self._gzip = None

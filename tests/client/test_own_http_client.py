@@ -52,6 +52,17 @@ def test_the_key_goes_before_the_authentication_of_the_callers_client(
     assert [request.headers["authorization"] for request in stub.received] == [sent]
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own client", "caller's client"])
+def test_a_host_of_the_callers_is_sent(mode: str, rank: Rank, stub: Stub, *, own: bool) -> None:
+    """A `Host` in `default_headers`, for a server behind a proxy, takes the place of the address's."""
+    options: dict[str, Any] = {"base_url": stub.url, "default_headers": {"Host": "rerank.internal"}}
+    if own:
+        rank(RegoloClient(KEY, **options), "q", ["a"])
+    else:
+        ranked_over(mode, {}, **options)
+    assert [request.headers["host"] for request in stub.received] == ["rerank.internal"]
+
+
 def test_a_request_that_cannot_be_sent_is_not_tried_again(mode: str, stub: Stub) -> None:
     """A header of the caller's own http client that HTTP does not allow fails at once."""
     with pytest.raises(APIConnectionError, match="Illegal header"):
