@@ -169,7 +169,7 @@ class RegoloClient(Reranker):
         """
         with ends_here:
             config = self._configure(
-                self.http_client,
+                is_async=False,
                 top_n=top_n,
                 model=model,
                 instruction=instruction,
@@ -218,7 +218,7 @@ class RegoloClient(Reranker):
         """
         with ends_here:
             config = self._configure(
-                self.async_http_client,
+                is_async=True,
                 top_n=top_n,
                 model=model,
                 instruction=instruction,

@@ -4,7 +4,6 @@ Blank documents are not sent and equal ones are sent once; what is left is cut i
 (a document's score does not depend on the others in its request), so the replies merge exactly.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from operator import attrgetter
@@ -212,7 +211,7 @@ def _add_up(sources: Sequence[Source]) -> Usage:
     return Usage(
         total_tokens=sum(tokens) if tokens else None,
         requests=sum(source.requests for source in sources),
-        cost=math.fsum(costs) if costs else None,
+        cost=sum(costs) if costs else None,
     )
 
 

@@ -17,7 +17,7 @@ __all__ = ["RequestConfig", "Shared"]
 
 @dataclass(slots=True)
 class Shared:
-    """What all calls of a reranker share, and its copies do not."""
+    """What all calls of a reranker share, and no copy of it but that of `copy.copy`."""
 
     clients: Clients = field(default_factory=Clients)
     hold: RateLimitHold = field(default_factory=RateLimitHold)
@@ -78,19 +78,14 @@ class RequestConfig:
         """Return the request that carries some JSON; a client of the caller's adds what it adds to each."""
         url, headers = self.endpoint.url, new_id_headers() | self._headers
         extensions = dict(self._extensions)  # as the headers, each its own: tools that watch httpx write into them
-        if self.callers_client is not None:
-            return self.callers_client.build_request(
-                "POST", url, content=content, headers=headers | self._authorization(), extensions=extensions
-            )
-        # httpx would work these out from `content`, which is half of what it costs to make a request.
-        headers = {"host": url.netloc.decode(), "content-length": str(len(content))} | headers
-        stream = httpx.ByteStream(content)
-        request = httpx.Request(
-            "POST", url, stream=stream, headers=headers | self._authorization(), extensions=extensions
-        )
-        request.read()  # for whoever looks at its content
+        if client := self.callers_client:
+            request = client.build_request("POST", url, content=content, headers=headers, extensions=extensions)
+        else:
+            # httpx would work these out from `content`, which is half of what it costs to make a request.
+            framing = {"host": url.netloc.decode(), "content-length": str(len(content))}
+            stream = httpx.ByteStream(content)
+            request = httpx.Request("POST", url, stream=stream, headers=framing | headers, extensions=extensions)
+            request.read()  # for whoever looks at its content
+        if self.key is not None:  # last, so that it counts, and that no frame holds the header by itself
+            request.headers["Authorization"] = f"Bearer {self.key.get_secret_value()}"
         return request
-
-    def _authorization(self) -> dict[str, str]:
-        """Return the header with the key, which no frame of ours holds by a name."""
-        return {} if self.key is None else {"Authorization": f"Bearer {self.key.get_secret_value()}"}

@@ -34,8 +34,10 @@ class Reranker(Options):
     def _part_from_original(self) -> None:
         self._shared = Shared()
 
-    def _configure(self, callers_client: httpx.Client | httpx.AsyncClient | None, **arguments: Any) -> RequestConfig:
-        return RequestConfig(self.for_call(**arguments), self.user_agent, self._shared, callers_client)
+    def _configure(self, *, is_async: bool, **arguments: Any) -> RequestConfig:
+        options = self.for_call(**arguments)
+        callers_client = options.async_http_client if is_async else options.http_client
+        return RequestConfig(options, self.user_agent, self._shared, callers_client)
 
     def _client_for(self, config: RequestConfig) -> httpx.Client:
         return config.options.http_client or config.clients.client(config.endpoint)
@@ -50,7 +52,7 @@ class Reranker(Options):
         return config.options.async_http_client or await config.clients.loop_client(config.endpoint)
 
     def _rank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(self.http_client, **arguments)
+        config = self._configure(is_async=False, **arguments)
         call = Call(config, (query, documents), Done())
         try:
             if not call.done.is_set():
@@ -60,7 +62,7 @@ class Reranker(Options):
         return call.result()
 
     async def _arank(self, query: str, documents: Iterable[str], **arguments: Any) -> RerankResponse:
-        config = self._configure(self.async_http_client, **arguments)
+        config = self._configure(is_async=True, **arguments)
         call = Call(config, (query, documents), asyncio.Event())
         try:
             if not call.done.is_set():

@@ -122,4 +122,5 @@ class RetryState:
             delay = window_backoff(self._failures)
         else:
             delay = backoff(self._failures)
+        delay = max(delay, hold.seconds_left())
         return delay if self.allows(delay) else None

@@ -1,4 +1,5 @@
 import asyncio
+import traceback
 from typing import Any
 
 import httpx
@@ -8,13 +9,17 @@ from regolo_rerank import APIConnectionError, APITimeoutError, InvalidInputError
 from tests.conftest import KEY, Rank
 from tests.support.stub import Reply, Stub, results
 
+Kinds = tuple[type[httpx.Client], type[httpx.AsyncClient]]
 
-def ranked_over(mode: str, settings: dict[str, Any], **options: Any) -> RerankResponse:
+
+def ranked_over(
+    mode: str, settings: dict[str, Any], kinds: Kinds = (httpx.Client, httpx.AsyncClient), **options: Any
+) -> RerankResponse:
     """Rank over an httpx client of the caller's own, made with certain settings; see that it is left open."""
     options = {"api_key": KEY, **options}
 
     def called() -> RerankResponse:
-        with httpx.Client(**settings) as own:
+        with kinds[0](**settings) as own:
             try:
                 with RegoloClient(http_client=own, **options) as client:
                     return client.rerank("q", ["a"])
@@ -22,7 +27,7 @@ def ranked_over(mode: str, settings: dict[str, Any], **options: Any) -> RerankRe
                 assert not own.is_closed
 
     async def acalled() -> RerankResponse:
-        async with httpx.AsyncClient(**settings) as own:
+        async with kinds[1](**settings) as own:
             try:
                 async with RegoloClient(async_http_client=own, **options) as client:
                     return await client.arerank("q", ["a"])
@@ -50,6 +55,50 @@ def test_the_key_goes_before_the_authentication_of_the_callers_client(
     """A caller's client that has an `auth` of its own does not put it in the key's place; without a key it counts."""
     ranked_over(mode, {"auth": ("user", "word")}, base_url=stub.url, api_key=key)
     assert [request.headers["authorization"] for request in stub.received] == [sent]
+
+
+class Insisting:
+    """Puts a key of its own on each request that it builds, and then fails where it is told to."""
+
+    fails = False
+
+    def build_request(self, *arguments: Any, **settings: Any) -> httpx.Request:
+        """Build a request."""
+        request: httpx.Request = super().build_request(*arguments, **settings)  # type: ignore[misc]  # of an httpx client
+        request.headers["Authorization"] = "Bearer other"
+        if self.fails:
+            raise ValueError("not like this")
+        return request
+
+
+class InsistingClient(Insisting, httpx.Client):
+    """The sync one."""
+
+
+class AsyncInsistingClient(Insisting, httpx.AsyncClient):
+    """The async one."""
+
+
+INSISTING: Kinds = (InsistingClient, AsyncInsistingClient)
+
+
+def test_the_key_goes_before_one_that_the_callers_client_puts_on_a_request(mode: str, stub: Stub) -> None:
+    """The key is put on a request last."""
+    ranked_over(mode, {}, INSISTING, base_url=stub.url)
+    assert [request.headers["authorization"] for request in stub.received] == [f"Bearer {KEY}"]
+
+
+def test_a_callers_client_that_fails_to_build_a_request_has_not_seen_the_key(
+    mode: str, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the caller's client raises comes as it is, and no frame that it came through holds the key."""
+    monkeypatch.setattr(Insisting, "fails", True)
+    with pytest.raises(ValueError, match="not like this") as caught:
+        ranked_over(mode, {}, INSISTING, base_url=stub.url)
+    frames = traceback.TracebackException.from_exception(caught.value, capture_locals=True).stack
+    of_the_package = [frame for frame in frames if "regolo_rerank/" in frame.filename or "httpx/" in frame.filename]
+    assert of_the_package
+    assert not [frame for frame in of_the_package if KEY in str(frame.locals)]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own client", "caller's client"])
