@@ -48,7 +48,6 @@ class RawReply:
         self.is_complete = response.is_stream_consumed
         if response.is_closed and not self.is_complete:
             raise httpx.StreamClosed
-        response.is_stream_consumed = True  # as httpx's own readers do
         self._deadline = deadline
         self._is_success = 200 <= response.status_code < 300
         self._is_readable = True
