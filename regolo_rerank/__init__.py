@@ -4,7 +4,7 @@
     from regolo_rerank.langchain import RegoloRerank      # a BaseDocumentCompressor
     from regolo_rerank.llama_index import RegoloRerank    # a BaseNodePostprocessor
 
-Importing the package loads nothing else; each name is loaded when it is first used.
+Importing the package loads neither framework nor httpx. Each name is loaded when it is first used.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regolo_rerank._version import __version__
 
 if TYPE_CHECKING:
+    from regolo_rerank.cache import SQLiteCache
     from regolo_rerank.client import RegoloClient
     from regolo_rerank.errors import (
         APIConnectionError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         APITimeoutError,
         AuthenticationError,
         BadRequestError,
+        ContextLengthError,
         InvalidInputError,
         MissingAPIKeyError,
         NotFoundError,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
         RegoloError,
         RerankCacheWarning,
         RerankFallbackWarning,
-        RerankSubstituteWarning,
+        RerankWarning,
         ServerError,
     )
     from regolo_rerank.prompts import PromptFormat
@@ -42,6 +44,7 @@ __all__ = [
     "APITimeoutError",
     "AuthenticationError",
     "BadRequestError",
+    "ContextLengthError",
     "InvalidInputError",
     "MissingAPIKeyError",
     "NotFoundError",
@@ -54,29 +57,29 @@ __all__ = [
     "RerankFallbackWarning",
     "RerankResponse",
     "RerankResult",
-    "RerankSubstituteWarning",
+    "RerankWarning",
+    "SQLiteCache",
     "ServerError",
     "Usage",
     "__version__",
 ]
 
-_HOMES = {
+_MODULES = {
     "PromptFormat": "prompts",
     "RegoloClient": "client",
     "RerankResponse": "results",
     "RerankResult": "results",
+    "SQLiteCache": "cache",
     "Usage": "results",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "RegoloRerank":
-        raise ImportError(
-            "RegoloRerank is in regolo_rerank.langchain, and in regolo_rerank.llama_index: import it there"
-        )
+        raise ImportError("RegoloRerank: import it from regolo_rerank.langchain or from regolo_rerank.llama_index")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

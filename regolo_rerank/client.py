@@ -1,265 +1,531 @@
-"""The client: calls of one query or of many, sync and async."""
+"""The client: calls with one query or many, sync and async."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
+import itertools
+import threading
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import aclosing, closing
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
-from regolo_rerank._core import tasks, threads
-from regolo_rerank._core.call import Call, Event
-from regolo_rerank._core.config import RequestConfig
-from regolo_rerank._core.reranker import Reranker
-from regolo_rerank._display.progress import progress
-from regolo_rerank._transports.spread import Done
-from regolo_rerank.errors import InvalidInputError, RegoloError, ends_here
+from pydantic import SecretStr
+
+from regolo_rerank import _workers
+from regolo_rerank._call import Call
+from regolo_rerank._http import Connections
+from regolo_rerank._inputs import check_documents, check_pair, check_query, get_texts
+from regolo_rerank._retries import Pause
+from regolo_rerank.cache import QueryCache
+from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.options import Options, Scorer, Settings, resolve
+from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PromptFormat
 from regolo_rerank.results import RerankResponse
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["RegoloClient"]
 
 T = TypeVar("T")
 
-Pair = tuple[str, Iterable[str]]
 
-_PLACE = "pairs[{}]: "
-"""What an error says in front that is about a pair."""
+class _Default(float):
+    """A default that differs from the same number given by the caller.
+
+    A timeout that is given applies to the caller's own HTTP client too; the default does not.
+    """
 
 
-class CallArguments(TypedDict, total=False):
-    """What a call of many queries takes besides them."""
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments that `rerank`, `score` and their variants have in common."""
 
-    top_n: int | None
     model: str | None
     instruction: str | None
-    score_threshold: float | None
+    total_timeout: float | None
     extra_body: dict[str, Any] | None
-    max_concurrency: int | None
-    show_progress: bool
 
 
-class RegoloClient(Reranker):
-    """Client of the Rerank API, for sync and async calls; options are fields and may be assigned at any time.
+class RankOptions(CallOptions, total=False):
+    """Keyword arguments of the methods that return a ranking."""
+
+    top_n: int | None
+    score_threshold: float | None
+
+
+class RegoloClient:
+    """Client of the Rerank API, for sync and async calls.
+
+    Connections are opened with the first call and kept. They close with `close`, at the end of a `with` block, or when
+    the client is garbage-collected. `client.options` shows the options; assigning one takes effect at the next call.
 
     Args:
-        api_key: The key; without it, the environment's `REGOLO_API_KEY` is used at each call.
-        **options: Any option, by name; see `Options`.
+        api_key: API key. None reads the environment variable `REGOLO_API_KEY` at each call; "" sends no key.
+        base_url: Server, with or without `/v1`, `/rerank` or a trailing slash. None reads the environment variable
+            `REGOLO_BASE_URL`, else uses `https://api.regolo.ai`. `local://` is the offline scorer: no key, no network.
+        model: Name of the reranking model.
+        top_n: Number of results to keep, at least 1; None keeps all.
+        instruction: The task in one sentence, for prompt formats that use one.
+        prompt_format: A preset name or a `PromptFormat`. "auto" is `tagged` for `Qwen3-Reranker*`, and `plain` for
+            other models and for `local://`.
+        score_threshold: Drop results with a lower score, after `top_n` was applied. A blank document never passes.
+        timeout: Seconds per attempt, from connecting to the last byte of the reply.
+        total_timeout: Seconds for a whole call: all requests, retries and waits. None means no limit.
+        max_retries: Further attempts per request, at least 0.
+        batch_size: Maximum number of documents per request.
+        max_request_bytes: Maximum bytes of JSON per request; a single longer document is sent alone.
+        max_concurrency: Maximum number of concurrent requests per call.
+        max_document_chars: Characters of a document that are scored. The caller's document is returned whole.
+        long_documents: "cut" scores only the beginning of a longer document. "split" scores overlapping passages, and
+            the document gets the score of the best one.
+        default_headers: Additional HTTP headers, such as a gateway's tags; never the key.
+        extra_body: Additional JSON fields of each request.
+        allow_http: Allow sending the key over plain http to another machine.
+        cache: Where scores are kept: the path of an SQLite file, or any mutable mapping from strings to floats.
+        scorer: For `local://`: a function (query, documents) -> scores instead of the offline scorer.
+        http_client: The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply, and it
+            is never closed. Its timeouts apply unless `timeout` is given.
+        async_http_client: The caller's own `httpx.AsyncClient` for async calls.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
+        InvalidInputError: An option has a wrong value.
 
     Examples:
         >>> client = RegoloClient(base_url="local://")
-        >>> documents = ["Rome", "Beijing, capital of China"]
-        >>> client.rerank("capital of China", documents, top_n=1).results[0].document
-        'Beijing, capital of China'
+        >>> documents = ["Rome is in Italy.", "Beijing is the capital of China."]
+        >>> client.rerank("capital of China", documents, top_n=1)[0].document
+        'Beijing is the capital of China.'
     """
+
+    __slots__ = ("__weakref__", "_cache_lock", "_connections", "_options", "_pauses")
+
+    def __init__(
+        self,
+        api_key: SecretStr | str | None = None,
+        *,
+        base_url: str | None = None,
+        model: str = "Qwen3-Reranker-4B",
+        top_n: int | None = None,
+        instruction: str = DEFAULT_INSTRUCTION,
+        prompt_format: PromptFormat
+        | Literal["auto", "tagged", "documented", "chat", "server_template", "plain"] = "auto",
+        score_threshold: float | None = None,
+        timeout: float = _Default(60.0),
+        total_timeout: float | None = 90.0,
+        max_retries: int = 3,
+        batch_size: int = 100,
+        max_request_bytes: int = 1_000_000,
+        max_concurrency: int = 4,
+        max_document_chars: int | None = None,
+        long_documents: Literal["cut", "split"] = "cut",
+        default_headers: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        allow_http: bool = False,
+        cache: MutableMapping[str, float] | str | PathLike[str] | None = None,
+        scorer: Scorer | None = None,
+        http_client: "httpx.Client | None" = None,
+        async_http_client: "httpx.AsyncClient | None" = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._options = Options(**{k: value for k, value in arguments.items() if not isinstance(value, _Default)})
+        self._connections = Connections()
+        self._pauses: dict[tuple[str, SecretStr | None], Pause] = {}
+        self._cache_lock = threading.Lock()
+
+    @property
+    def options(self) -> Options:
+        """The options. Assigning one is checked, and takes effect at the next call."""
+        return self._options
+
+    def with_options(self, options: Options | None = None, /, **changes: Any) -> Self:
+        """Return a client with other options that shares connections, cache and the pause after a 429.
+
+        Args:
+            options: All options at once; None starts from the options of this client.
+            **changes: Options to change, by name, as in the constructor.
+
+        Raises:
+            InvalidInputError: An option is unknown or has a wrong value.
+        """
+        copy = object.__new__(type(self))
+        copy._options = (self._options if options is None else options).model_copy(update=changes)
+        copy._connections = self._connections
+        copy._pauses = self._pauses
+        copy._cache_lock = self._cache_lock
+        return copy
+
+    @overload
+    def rerank(
+        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[RankOptions]
+    ) -> RerankResponse[str]: ...
+
+    @overload
+    def rerank(
+        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[RankOptions]
+    ) -> RerankResponse[T]: ...
 
     def rerank(
         self,
         query: str,
-        documents: Iterable[str],
+        documents: Iterable[Any],
         *,
+        text: str | Callable[[Any], str] | None = None,
         top_n: int | None = None,
         model: str | None = None,
         instruction: str | None = None,
         score_threshold: float | None = None,
+        total_timeout: float | None = None,
         extra_body: dict[str, Any] | None = None,
-    ) -> RerankResponse:
+    ) -> RerankResponse[Any]:
         """Rank documents by their relevance to a query.
 
-        An argument left None takes the client's option; for all results in one call, pass `top_n=len(documents)`.
+        An argument of None uses the client's option. To keep all results of one call, pass `top_n=len(documents)`.
 
         Args:
-            query: What is searched; not blank.
-            documents: N texts, in a list, a tuple or an iterator. Blank ones are not sent and rank last.
-            top_n: Results kept, at least 1.
+            query: The query, not blank.
+            documents: N documents: a list, a tuple or an iterator. Blank texts are not sent and rank last.
+            text: How to get a document's text: a field name (key of a mapping, or attribute), or a function of one
+                document. None if the documents are strings.
+            top_n: Number of results to keep, at least 1.
             model: Name of the reranking model.
-            instruction: The task in a sentence, for prompt formats that have a place for it.
-            score_threshold: Results that score lower are dropped, after `top_n` has been chosen from all N.
-            extra_body: Further JSON fields of the request.
+            instruction: The task in one sentence, for prompt formats that use one.
+            score_threshold: Drop results with a lower score, after `top_n` was applied.
+            total_timeout: Seconds for the whole call.
+            extra_body: Additional JSON fields of each request.
 
         Returns:
-            The ranking, min(N, top_n) results at most, the best first.
+            The ranking: at most min(N, top_n) results, best first. Each result has the caller's own document.
 
         Raises:
             InvalidInputError: An argument is wrong; nothing was sent.
-            MissingAPIKeyError: The host demands a key, and there is none.
-            APIConnectionError: The server could not be reached; `APITimeoutError` where it was too slow.
-            APIStatusError: The server said no; the subclass says why.
-            APIResponseError: The server's reply cannot be trusted.
+            MissingAPIKeyError: The server requires a key, and there is none.
+            APIConnectionError: The server could not be reached; `APITimeoutError` if it was too slow.
+            APIStatusError: The server answered with an error; the subclass tells which.
+            APIResponseError: The reply is not a valid ranking.
         """
-        with ends_here:
-            return self._rank(
-                query,
-                documents,
-                top_n=top_n,
-                model=model,
-                instruction=instruction,
-                score_threshold=score_threshold,
-                extra_body=extra_body,
-            )
+        settings = resolve(
+            self._options,
+            is_async=False,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
+        call = self._begin(settings, query, documents, text)
+        try:
+            _workers.run(call, self._connections, self._pause(settings))
+        finally:
+            call.close()
+        return call.response()
+
+    @overload
+    async def arerank(
+        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[RankOptions]
+    ) -> RerankResponse[str]: ...
+
+    @overload
+    async def arerank(
+        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[RankOptions]
+    ) -> RerankResponse[T]: ...
 
     async def arerank(
         self,
         query: str,
-        documents: Iterable[str],
+        documents: Iterable[Any],
         *,
+        text: str | Callable[[Any], str] | None = None,
         top_n: int | None = None,
         model: str | None = None,
         instruction: str | None = None,
         score_threshold: float | None = None,
+        total_timeout: float | None = None,
         extra_body: dict[str, Any] | None = None,
-    ) -> RerankResponse:
-        """Rank documents as `rerank` does, without blocking the event loop; may be cancelled at any time."""
-        with ends_here:
-            return await self._arank(
-                query,
-                documents,
-                top_n=top_n,
-                model=model,
-                instruction=instruction,
-                score_threshold=score_threshold,
-                extra_body=extra_body,
-            )
+    ) -> RerankResponse[Any]:
+        """Rank documents as `rerank` does, without blocking the event loop. Can be cancelled at any time."""
+        _check_event_loop()
+        settings = resolve(
+            self._options,
+            is_async=True,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
+        call = self._begin(settings, query, documents, text)
+        try:
+            await _workers.run_async(call, self._connections, self._pause(settings))
+        finally:
+            call.close()
+        return call.response()
 
     @overload
-    def rerank_many(
-        self, pairs: Iterable[Pair], *, return_exceptions: Literal[False] = ..., **arguments: Unpack[CallArguments]
-    ) -> Generator[RerankResponse]: ...
+    def score(
+        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[CallOptions]
+    ) -> list[float]: ...
 
     @overload
-    def rerank_many(
-        self, pairs: Iterable[Pair], *, return_exceptions: bool, **arguments: Unpack[CallArguments]
-    ) -> Generator[RerankResponse | RegoloError]: ...
+    def score(
+        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[CallOptions]
+    ) -> list[float]: ...
 
-    def rerank_many(
-        self,
-        pairs: Iterable[Pair],
-        *,
-        top_n: int | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        score_threshold: float | None = None,
-        extra_body: dict[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        return_exceptions: bool = False,
-        show_progress: bool = False,
-    ) -> Generator[RerankResponse | RegoloError]:
-        """Rank the documents of many queries, and give each ranking when it is its turn.
+    def score(
+        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+    ) -> list[float]:
+        """Return the scores of N documents in the caller's order, for example as a column of a DataFrame.
+
+        `top_n` and `score_threshold` do not apply. A blank document gets the lowest score.
 
         Args:
-            pairs: Queries with their documents, `(query, documents)`; may be endless. They are read in the caller's
-                thread, at most 4 x `max_concurrency` of them ahead of the ranking that was given last.
-            top_n: As in `rerank`; it holds for all pairs, and so do the next four.
-            model: As in `rerank`.
-            instruction: As in `rerank`.
-            score_threshold: As in `rerank`.
-            extra_body: As in `rerank`.
-            max_concurrency: Requests in flight at once, over all pairs; batches of a large one count too.
-            return_exceptions: Whether a pair that fails gives its error in its place. Otherwise the error is raised
-                there, and what was read ahead is given up.
-            show_progress: Whether a bar is shown, on a terminal and in a notebook; needs tqdm.
-
-        Returns:
-            A generator of one ranking a pair, in the order of `pairs`; closing it stops what is under way.
+            query: The query, not blank.
+            documents: N documents, as in `rerank`.
+            text: As in `rerank`.
+            **options: `model`, `instruction`, `total_timeout` and `extra_body`, as in `rerank`.
 
         Raises:
-            InvalidInputError: An argument is wrong, at once; a pair is wrong, in its place.
-            MissingAPIKeyError: The host demands a key, and there is none, at once.
-            RegoloError: As in `rerank`, in the place of the pair that fails.
+            RegoloError: As in `rerank`.
         """
-        with ends_here:
-            config = self._configure(
-                is_async=False,
-                top_n=top_n,
-                model=model,
-                instruction=instruction,
-                score_threshold=score_threshold,
-                extra_body=extra_body,
-                max_concurrency=max_concurrency,
-            )
-            _check_pairs(pairs, Iterable)
-            config.require_key()  # a missing key is refused now, and not at the first pair
-            return self._many(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        everything = self.with_options(top_n=None, score_threshold=None)
+        return _in_input_order(everything.rerank(query, documents, text=text, **options))
 
     @overload
-    def arerank_many(
-        self,
-        pairs: Iterable[Pair] | AsyncIterable[Pair],
-        *,
-        return_exceptions: Literal[False] = ...,
-        **arguments: Unpack[CallArguments],
-    ) -> AsyncGenerator[RerankResponse]: ...
+    async def ascore(
+        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[CallOptions]
+    ) -> list[float]: ...
 
     @overload
-    def arerank_many(
+    async def ascore(
+        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[CallOptions]
+    ) -> list[float]: ...
+
+    async def ascore(
+        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+    ) -> list[float]:
+        """Return the scores as `score` does, without blocking the event loop."""
+        everything = self.with_options(top_n=None, score_threshold=None)
+        return _in_input_order(await everything.arerank(query, documents, text=text, **options))
+
+    @overload
+    def rerank_many(
         self,
-        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        pairs: Iterable[tuple[str, Iterable[str]]],
         *,
+        text: None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[RankOptions],
+    ) -> Generator[RerankResponse[str]]: ...
+
+    @overload
+    def rerank_many(
+        self,
+        pairs: Iterable[tuple[str, Iterable[Any]]],
+        *,
+        text: str | Callable[[Any], str] | None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[RankOptions],
+    ) -> Generator[RerankResponse[Any]]: ...
+
+    @overload
+    def rerank_many(
+        self,
+        pairs: Iterable[tuple[str, Iterable[Any]]],
+        *,
+        text: str | Callable[[Any], str] | None = None,
+        max_concurrency: int | None = None,
         return_exceptions: bool,
-        **arguments: Unpack[CallArguments],
-    ) -> AsyncGenerator[RerankResponse | RegoloError]: ...
+        **options: Unpack[RankOptions],
+    ) -> Generator[RerankResponse[Any] | RegoloError]: ...
 
-    def arerank_many(
+    def rerank_many(
         self,
-        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        pairs: Iterable[tuple[str, Iterable[Any]]],
         *,
-        top_n: int | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        score_threshold: float | None = None,
-        extra_body: dict[str, Any] | None = None,
+        text: str | Callable[[Any], str] | None = None,
         max_concurrency: int | None = None,
         return_exceptions: bool = False,
-        show_progress: bool = False,
-    ) -> AsyncGenerator[RerankResponse | RegoloError]:
-        """Rank as `rerank_many` does, without blocking the event loop; `pairs` may be an async iterable too.
+        **options: Unpack[RankOptions],
+    ) -> Generator[RerankResponse[Any] | RegoloError]:
+        """Rank the documents of many queries, and yield the rankings in input order.
 
-        Leave the loop over it by `break` only inside `contextlib.aclosing`, so that what is under way ends at once.
+        Args:
+            pairs: `(query, documents)` pairs, any number of them. They are read in the caller's thread, at most
+                4 x `max_concurrency` pairs ahead of the last ranking.
+            text: As in `rerank`.
+            max_concurrency: Maximum number of concurrent requests, over all pairs.
+            return_exceptions: Yield errors in place of failed rankings. If False, the first error is raised, and the
+                pairs that were read ahead are dropped.
+            **options: `top_n`, `model`, `instruction`, `score_threshold`, `total_timeout` and `extra_body`, as in
+                `rerank`; `total_timeout` applies to each pair, from the moment its first request could be sent.
+
+        Returns:
+            A generator with one ranking per pair. Closing it stops the requests in progress.
+
+        Raises:
+            InvalidInputError: An argument is wrong (at once), or a pair (in its place).
+            RegoloError: As in `rerank`; `error.index` is the position of the pair.
         """
-        with ends_here:
-            config = self._configure(
-                is_async=True,
-                top_n=top_n,
-                model=model,
-                instruction=instruction,
-                score_threshold=score_threshold,
-                extra_body=extra_body,
-                max_concurrency=max_concurrency,
-            )
-            _check_pairs(pairs, Iterable, AsyncIterable)
-            config.require_key()  # a missing key is refused now, and not at the first pair
-            return self._amany(config, pairs, return_exceptions=return_exceptions, show_progress=show_progress)
+        settings = resolve(self._options, is_async=False, max_concurrency=max_concurrency, **options)
+        _check_pairs(pairs, Iterable)
+        return self._rank_many(settings, pairs, text, return_exceptions=return_exceptions)
 
-    def _many(
-        self, config: RequestConfig, pairs: Iterable[Pair], *, return_exceptions: bool, show_progress: bool
-    ) -> Generator[RerankResponse | RegoloError]:
-        calls = (Call(config, pair, Done(), _PLACE.format(index)) for index, pair in enumerate(pairs))
-        workers = config.options.max_concurrency
-        with (
-            progress(_count(pairs), unit="query", shown=show_progress) as advance,
-            closing(threads.finish_in_order(calls, workers, self._client_for(config))) as finished,
-        ):
+    def _rank_many(
+        self, settings: Settings, pairs: Iterable[Any], text: Any, *, return_exceptions: bool
+    ) -> Generator[RerankResponse[Any] | RegoloError]:
+        calls = (self._begin_pair(settings, index, pair, text) for index, pair in enumerate(pairs))
+        workers = settings.options.max_concurrency
+        with closing(_workers.run_in_order(calls, workers, self._connections, self._pause(settings))) as finished:
             for call in finished:
-                outcome = _unwrap(call, return_exceptions=return_exceptions)
-                advance()
-                yield outcome
+                yield _finish(call, return_exceptions=return_exceptions)
 
-    async def _amany(
+    @overload
+    def arerank_many(
         self,
-        config: RequestConfig,
-        pairs: Iterable[Pair] | AsyncIterable[Pair],
+        pairs: Iterable[tuple[str, Iterable[str]]] | AsyncIterable[tuple[str, Iterable[str]]],
         *,
+        text: None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[RankOptions],
+    ) -> AsyncGenerator[RerankResponse[str]]: ...
+
+    @overload
+    def arerank_many(
+        self,
+        pairs: Iterable[tuple[str, Iterable[Any]]] | AsyncIterable[tuple[str, Iterable[Any]]],
+        *,
+        text: str | Callable[[Any], str] | None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[RankOptions],
+    ) -> AsyncGenerator[RerankResponse[Any]]: ...
+
+    @overload
+    def arerank_many(
+        self,
+        pairs: Iterable[tuple[str, Iterable[Any]]] | AsyncIterable[tuple[str, Iterable[Any]]],
+        *,
+        text: str | Callable[[Any], str] | None = None,
+        max_concurrency: int | None = None,
         return_exceptions: bool,
-        show_progress: bool,
-    ) -> AsyncGenerator[RerankResponse | RegoloError]:
-        calls, workers = _open_calls(config, pairs), config.options.max_concurrency
-        with progress(_count(pairs), unit="query", shown=show_progress) as advance:
-            client = await self._async_client_for(config)
-            async with aclosing(tasks.FinishInOrder(calls, workers, client)) as finished:
+        **options: Unpack[RankOptions],
+    ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]: ...
+
+    def arerank_many(
+        self,
+        pairs: Iterable[tuple[str, Iterable[Any]]] | AsyncIterable[tuple[str, Iterable[Any]]],
+        *,
+        text: str | Callable[[Any], str] | None = None,
+        max_concurrency: int | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[RankOptions],
+    ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
+        """Rank as `rerank_many` does, without blocking the event loop. `pairs` may be an async iterable.
+
+        To leave the loop with `break`, wrap the generator in `contextlib.aclosing`, which stops the requests at once.
+        """
+        settings = resolve(self._options, is_async=True, max_concurrency=max_concurrency, **options)
+        _check_pairs(pairs, Iterable, AsyncIterable)
+        return self._arank_many(settings, pairs, text, return_exceptions=return_exceptions)
+
+    async def _arank_many(
+        self, settings: Settings, pairs: Any, text: Any, *, return_exceptions: bool
+    ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
+        _check_event_loop()
+        workers = settings.options.max_concurrency
+        async with aclosing(_iterate(pairs)) as source:
+            indices = itertools.count()
+            calls = (self._begin_pair(settings, next(indices), pair, text) async for pair in source)
+            running = _workers.run_async_in_order(calls, workers, self._connections, self._pause(settings))
+            async with aclosing(running) as finished:
                 async for call in finished:
-                    outcome = _unwrap(call, return_exceptions=return_exceptions)
-                    advance()
-                    yield outcome
+                    yield _finish(call, return_exceptions=return_exceptions)
+
+    def _begin(self, settings: Settings, query: Any, documents: Any, text: Any) -> Call:
+        """Check query and documents, and return their call."""
+        query, documents = check_query(query), check_documents(documents)
+        return Call(settings, query, documents, get_texts(documents, text), self._open_cache(settings, query))
+
+    def _begin_pair(self, settings: Settings, index: int, pair: object, text: Any) -> Call | RegoloError:
+        """Return the call of one of many pairs, or the error if the pair is wrong."""
+        try:
+            call = self._begin(settings, *check_pair(pair), text)
+        except RegoloError as error:
+            error.args = (f"pairs[{index}]: {error}",)
+            error.index = index
+            return error
+        call.index = index
+        return call
+
+    def _open_cache(self, settings: Settings, query: str) -> QueryCache | None:
+        options, prompt_format = settings.options, settings.prompt_format
+        if options.cache is None:
+            return None
+        return QueryCache(
+            options.cache,
+            self._cache_lock,
+            settings.endpoint.url,
+            options.model,
+            sorted((name, value) for name, value in settings.fields.items() if name != "disable_fallbacks"),
+            prompt_format.document,
+            prompt_format.escape,
+            prompt_format.format_query(query, options.instruction),
+        )
+
+    def _pause(self, settings: Settings) -> Pause:
+        """Return the pause after a 429, which belongs to a server and an API key."""
+        owner = settings.endpoint.url, settings.key
+        return self._pauses.get(owner) or self._pauses.setdefault(owner, Pause())
+
+    def close(self) -> None:
+        """Close the connections of sync calls; the next call opens new ones."""
+        self._connections.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of sync calls, and of async calls in the running event loop."""
+        await self._connections.aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._options.__repr_args__())})"
+        )
+
+    def __copy__(self) -> Self:
+        return self.with_options()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.with_options()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the options, without the key, the cache and the caller's HTTP clients."""
+        return _rebuild, (type(self), self._options)
+
+
+def _rebuild(cls: type[RegoloClient], options: Options) -> RegoloClient:
+    return cls().with_options(options)
 
 
 def _check_pairs(pairs: object, *kinds: type) -> None:
@@ -267,21 +533,13 @@ def _check_pairs(pairs: object, *kinds: type) -> None:
         raise InvalidInputError(f"pairs: must be an iterable of (query, documents), got {type(pairs).__name__}")
 
 
-def _count(pairs: object) -> int | None:
+def _check_event_loop() -> None:
     try:
-        return len(pairs)  # type: ignore[arg-type]  # where it has a length
-    except Exception:  # noqa: BLE001 - tqdm around a generator, or a dataset, has one that raises
-        return None
-
-
-async def _open_calls(
-    config: RequestConfig, pairs: Iterable[Pair] | AsyncIterable[Pair]
-) -> AsyncGenerator[Call[asyncio.Event]]:
-    index = 0
-    async with aclosing(_iterate(pairs)) as given:
-        async for pair in given:
-            yield Call(config, pair, asyncio.Event(), _PLACE.format(index))
-            index += 1
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise InvalidInputError(
+            "async calls need an asyncio event loop; other loops, such as trio's, do not work"
+        ) from None
 
 
 async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
@@ -293,13 +551,18 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
 
 
-def _unwrap(call: Call[Event], *, return_exceptions: bool) -> RerankResponse | RegoloError:
-    """Return what a call has come to; an error is raised, or returned where the caller wants that."""
+def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
+    """Return the ranking of one of many pairs; raise its error, or return it if the caller wants that."""
     try:
-        with ends_here:
-            call.close()
-            return call.result()
+        if isinstance(call, RegoloError):
+            raise call
+        call.close()
+        return call.response()
     except RegoloError as error:
         if return_exceptions:
-            return error.with_traceback(None)  # whose frames would keep the call and its documents
+            return error
         raise
+
+
+def _in_input_order(response: RerankResponse[Any]) -> list[float]:
+    return [result.relevance_score for result in sorted(response, key=lambda result: result.index)]

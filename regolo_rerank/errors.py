@@ -1,27 +1,28 @@
-"""Everything that can go wrong with a call.
+"""Errors and warnings of this package.
 
-    RegoloError
-    ├── InvalidInputError(ValueError)   refused before sending
-    ├── MissingAPIKeyError(ValueError)  no key for a host that demands one
-    ├── APIConnectionError              the server could not be reached, or hung up
-    │   └── APITimeoutError             no complete reply within `timeout`
-    ├── APIStatusError                  the server said no
-    │   ├── BadRequestError             400, 413, 422
-    │   ├── AuthenticationError         401
-    │   ├── PermissionDeniedError       403
-    │   ├── NotFoundError               404
-    │   ├── RateLimitError              429
-    │   └── ServerError                 408, 5xx
-    └── APIResponseError                a 2xx that cannot be trusted
+RegoloError
+├── InvalidInputError(ValueError)   rejected before anything was sent
+├── MissingAPIKeyError(ValueError)  the server requires an API key
+├── APIConnectionError              no connection, or it broke before the reply was complete
+│   └── APITimeoutError             no complete reply within `timeout` or `total_timeout`
+├── APIStatusError                  the server answered with a status outside 2xx
+│   ├── BadRequestError             400, 413, 422
+│   │   └── ContextLengthError      longer than the model's context, whatever the status
+│   ├── AuthenticationError         401
+│   ├── PermissionDeniedError       403
+│   ├── NotFoundError               404
+│   ├── RateLimitError              429
+│   └── ServerError                 408, 5xx
+└── APIResponseError                a 2xx reply that is not a valid ranking
 
-Besides these, `RerankFallbackWarning` is what `on_error="return_input"` warns with, `RerankCacheWarning` tells of a
-`cache` that fails, and `RerankSubstituteWarning` of a ranking that another model than `model` gave.
+RerankWarning(UserWarning)
+├── RerankFallbackWarning           `on_error="return_input"` returned the input
+└── RerankCacheWarning              the `cache` failed, and the call continued without it
 """
 
-import logging
+import inspect
 import warnings
-from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 __all__ = [
     "APIConnectionError",
@@ -30,6 +31,7 @@ __all__ = [
     "APITimeoutError",
     "AuthenticationError",
     "BadRequestError",
+    "ContextLengthError",
     "InvalidInputError",
     "MissingAPIKeyError",
     "NotFoundError",
@@ -38,43 +40,51 @@ __all__ = [
     "RegoloError",
     "RerankCacheWarning",
     "RerankFallbackWarning",
-    "RerankSubstituteWarning",
+    "RerankWarning",
     "ServerError",
 ]
 
-_log = logging.getLogger("regolo_rerank")
-
 
 class RegoloError(Exception):
-    """Base of every error that this package raises for a call."""
+    """Base class of every error that a call raises.
+
+    Attributes:
+        index (int | None): Position of the failed pair in `rerank_many`, from 0; None in other calls.
+        retryable (bool): Whether the same request may succeed later. The client has already retried it.
+    """
+
+    index: int | None = None
+    retryable: bool = False
 
 
 class InvalidInputError(RegoloError, ValueError):
-    """An argument was refused before anything was sent; the message names it."""
+    """An argument was rejected before anything was sent; the message names it."""
 
 
 class MissingAPIKeyError(RegoloError, ValueError):
-    """The host demands an API key, and neither `api_key` nor the environment has one."""
+    """The server requires an API key, and neither `api_key` nor the environment has one."""
 
 
 class APIConnectionError(RegoloError):
     """The server could not be reached, or the connection broke before the reply was complete."""
 
+    retryable = True
+
 
 class APITimeoutError(APIConnectionError):
-    """No complete reply came within `timeout` seconds."""
+    """No complete reply within `timeout` seconds, or no ranking within `total_timeout` seconds."""
 
 
 class APIStatusError(RegoloError):
-    """The server answered with a status that is not 2xx.
+    """The server answered with a status outside 2xx.
 
     Attributes:
         status_code (int): The HTTP status.
-        request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
+        request_id (str | None): The gateway's id of the request (header `x-litellm-call-id`), if it reports one.
         code (str | None): The `code` of the error body.
         type (str | None): The `type` of the error body, such as `budget_exceeded`.
         body (str): The reply's body as text, clipped to 2,000 characters.
-        retry_after (float | None): Seconds that the server asked to wait, from a header or from its message.
+        retry_after (float | None): Seconds that the server asked to wait, from a header or its message.
     """
 
     def __init__(
@@ -84,7 +94,7 @@ class APIStatusError(RegoloError):
         status_code: int = 0,
         request_id: str | None = None,
         code: str | None = None,
-        type: str | None = None,  # noqa: A002 - the field's name on the wire, and in openai-python
+        type: str | None = None,  # noqa: A002 - the field's name in the API, and in openai-python
         body: str = "",
         retry_after: float | None = None,
     ) -> None:
@@ -98,10 +108,16 @@ class APIStatusError(RegoloError):
 
 
 class BadRequestError(APIStatusError):
-    """400, 413 or 422: the request itself is wrong; sending it again cannot help.
+    """400, 413 or 422: the request itself is wrong, and repeating it cannot help.
 
-    LiteLLM, the gateway software, answers so to an unknown model, to a spent budget (`type` is `budget_exceeded`) and
-    to a document over the model's context length.
+    The gateway also answers 400 to an unknown model, and 400 or 422 to a spent budget (`type` is `budget_exceeded`).
+    """
+
+
+class ContextLengthError(BadRequestError):
+    """The query or a document is longer than the model's context; the message names the longest text.
+
+    Servers report this with different statuses (400, 413, 422, 500).
     """
 
 
@@ -110,29 +126,33 @@ class AuthenticationError(APIStatusError):
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the API key may not do this, or not with this model."""
+    """403: the API key has no access to this model or endpoint."""
 
 
 class NotFoundError(APIStatusError):
-    """404: nothing reranks at this address; see `base_url`."""
+    """404: there is no rerank endpoint at this address; check `base_url`."""
 
 
 class RateLimitError(APIStatusError):
-    """429: too many requests, even after the retries. Each request of a call, a retry included, counts."""
+    """429: too many requests, even after the retries. Every request counts, retries included."""
+
+    retryable = True
 
 
 class ServerError(APIStatusError):
-    """408 or 5xx: the service failed or timed out, even after the retries."""
+    """408 or 5xx: the server failed or timed out, even after the retries."""
+
+    retryable = True
 
 
 class APIResponseError(RegoloError):
-    """A 2xx reply that cannot be trusted.
+    """A 2xx reply that is not a valid ranking.
 
-    It is no JSON, has the wrong shape, holds an error, leaves a document out, names one twice or one that was not
-    sent, gives a score that is not a finite number, or comes from another model than was asked for.
+    The reply is not JSON, has the wrong shape, contains an error, omits or repeats a document, contains an unknown
+    index or a score that is not a finite number, or comes from another model.
 
     Attributes:
-        request_id (str | None): The gateway's name for the request (header `x-litellm-call-id`), where it gives one.
+        request_id (str | None): The gateway's id of the request (header `x-litellm-call-id`), if it reports one.
         code (str | None): The `code` of an error inside the reply.
         body (str): The reply's body as text, clipped to 2,000 characters.
     """
@@ -151,37 +171,19 @@ class APIResponseError(RegoloError):
         self.body = body
 
 
-class RerankCacheWarning(UserWarning):
-    """The mapping given as `cache` failed, and the call went on without it."""
+class RerankWarning(UserWarning):
+    """Base class of this package's warnings: an option without effect, or scores that cannot be right."""
 
 
-class RerankFallbackWarning(UserWarning):
-    """Reranking failed, and `on_error="return_input"` gave the input back in its own order."""
+class RerankFallbackWarning(RerankWarning):
+    """Reranking failed, and `on_error="return_input"` returned the input in its own order."""
 
 
-class RerankSubstituteWarning(UserWarning):
-    """Another model than was asked for gave a ranking, and `allow_substitutes=True` took it."""
+class RerankCacheWarning(RerankWarning):
+    """The mapping given as `cache` failed, and the call continued without it."""
 
 
-def warn(words: str, category: type[UserWarning]) -> None:
-    """Warn, and log each: Python shows a warning once."""
-    _log.warning("regolo_rerank: %s", words)
-    warnings.warn(words, category, stacklevel=3)
-
-
-class _EndsHere:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        if traceback is not None and isinstance(error, RegoloError):
-            traceback.tb_next = None
-
-
-ends_here = _EndsHere()
-"""`with ends_here:` cuts an error's traceback off below the line it guards: the caller's line and ours are left."""
-
-_BY_STATUS: dict[int, type[APIStatusError]] = {
+_BY_STATUS: Final[dict[int, type[APIStatusError]]] = {
     400: BadRequestError,
     401: AuthenticationError,
     403: PermissionDeniedError,
@@ -194,12 +196,33 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 
 
 def error_for_status(status_code: int, message: str, **fields: Any) -> APIStatusError:
-    """Return the error of the class that stands for a status.
+    """Return an error of the class that belongs to a status.
 
     Args:
         status_code: The HTTP status, outside 2xx.
-        message: What went wrong.
-        **fields: Further attributes of `APIStatusError`, by name.
+        message: The description of the error.
+        **fields: Further attributes of `APIStatusError`.
     """
-    fallback = ServerError if status_code >= 500 else APIStatusError
-    return _BY_STATUS.get(status_code, fallback)(message, status_code=status_code, **fields)
+    default = ServerError if status_code >= 500 else APIStatusError
+    error = _BY_STATUS.get(status_code, default)(message, status_code=status_code, **fields)
+    if error.type == "budget_exceeded":
+        error.retryable = False
+    return error
+
+
+def warn(message: str, category: type[RerankWarning]) -> None:
+    """Issue a warning that points at the caller's line, below the frames of this package and of the frameworks."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _FRAMES_TO_SKIP:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+_FRAMES_TO_SKIP: Final = {
+    "regolo_rerank",
+    "langchain_core",
+    "langchain_classic",
+    "llama_index",
+    "llama_index_instrumentation",
+    "wrapt",
+}

@@ -1,87 +1,85 @@
-"""LangChain: a document compressor that reranks, for `ContextualCompressionRetriever` and for LCEL chains."""
+"""LangChain: a document compressor that reranks, a retriever around it, and a step for LCEL chains."""
 
+import asyncio
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypedDict
+
+from regolo_rerank._version import install_hint
 
 try:
     from langchain_core import __version__ as langchain_version
-    from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
+    from langchain_core.callbacks import (
+        AsyncCallbackManagerForChainRun,
+        AsyncCallbackManagerForRetrieverRun,
+        CallbackManagerForChainRun,
+        CallbackManagerForRetrieverRun,
+        Callbacks,
+    )
     from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable, ensure_config
     from langchain_core.runnables.config import (
-        RunnableConfig,
-        ensure_config,
         get_async_callback_manager_for_config,
         get_callback_manager_for_config,
+        set_config_context,
     )
 except ImportError as error:
-    raise ImportError('regolo_rerank.langchain needs LangChain: pip install "regolo_rerank[langchain]"') from error
+    raise ImportError(f"regolo_rerank.langchain needs LangChain: {install_hint('langchain')}") from error
 
-from pydantic import SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, SkipValidation, create_model, model_validator
+from pydantic_core import PydanticSerializationError
 
-from regolo_rerank._adapters.base import AdapterOptions, Outcome
-from regolo_rerank._adapters.spans import show_inputs, show_outputs
-from regolo_rerank._wire.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError, ends_here
-from regolo_rerank.results import RerankResponse
+from regolo_rerank import _openinference
+from regolo_rerank._adapters import AdapterOptions, Outcome, report_ranking
+from regolo_rerank._inputs import check_documents, get_texts
+from regolo_rerank.errors import InvalidInputError, RegoloError
 
-if TYPE_CHECKING:
-    from langchain_core.runnables import RunnableSerializable
-
-__all__ = ["RegoloRerank"]
+__all__ = ["RegoloRerank", "RerankRetriever"]
 
 
 class RankedIndex(TypedDict):
-    """One document of a ranking, in the convention of LangChain's rerankers.
+    """One document of a ranking, as LangChain's other rerankers return it.
 
     Attributes:
-        index: The document's place in the caller's list, from 0.
-        relevance_score: How relevant it is; higher is better.
+        index: The document's position in the caller's list, from 0.
+        relevance_score: Relevance to the query, higher is better.
     """
 
     index: int
     relevance_score: float
 
 
-class Candidates(TypedDict):
-    """What the runnable form takes.
-
-    Attributes:
-        query: What was searched; not blank.
-        documents: N documents.
-    """
-
-    query: str
-    documents: Sequence[Document]
-
-
 class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
-    """Reranks documents with Regolo.ai's Rerank API.
+    """Document compressor that reranks documents with Regolo.ai's Rerank API.
 
-    The documents that are kept come back as copies, with their id and metadata, and with `relevance_score` added to
-    the metadata; the caller's own are never changed.
+    It returns copies of the best documents with id, metadata and a `relevance_score` in the metadata. The caller's
+    documents are never modified.
 
     Args:
-        api_key: The key, also as `regolo_api_key`; without it, the environment's `REGOLO_API_KEY` is used.
-        **options: Any option, by name: those below, and those of `Options`.
+        api_key: API key, also accepted as `regolo_api_key`. None reads the environment variable `REGOLO_API_KEY`.
+        **options: `metadata_fields`, `on_error` and `score_metadata_key`, and the options of `RegoloClient`. The
+            default of `top_n` is 5.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
+        InvalidInputError: An option is unknown or has a wrong value.
 
     Examples:
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
-        >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
+        >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
         >>> best = reranker.compress_documents(documents, "capital of China")[0]
         >>> best.page_content, list(best.metadata)
-        ('Beijing, capital of China', ['relevance_score'])
+        ('Beijing is the capital of China.', ['relevance_score'])
     """
 
     metadata_fields: tuple[str, ...] = ()
-    """Metadata keys that are put in front of the text as `key: value` lines for scoring, where a document has them."""
+    """Metadata keys to score with the text, as `key: value` lines in front of it. Missing and empty values are left
+    out."""
+
+    user_agent: ClassVar[str] = f"{AdapterOptions.user_agent} langchain-core/{langchain_version}"
 
     if TYPE_CHECKING:  # an argument only, which becomes api_key
         regolo_api_key: SecretStr | str | None = None
-
-    user_agent: ClassVar[str] = f"{AdapterOptions.user_agent} langchain-core/{langchain_version}"
 
     @model_validator(mode="before")
     @classmethod
@@ -95,231 +93,396 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return options
 
     def compress_documents(
-        self,
-        documents: Sequence[Document],
-        query: str,
-        callbacks: Callbacks | None = None,
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Return the `top_n` documents that are most relevant to a query, the best first.
+        """Return the `top_n` documents that are most relevant to a query, best first.
+
+        The call is a run of its own in a trace, with scores, usage and request ids.
 
         Args:
             documents: N documents.
-            query: What was searched; not blank.
-            callbacks: Handlers, or a parent run's manager; without them the surrounding chain's are used.
+            query: The query, not blank.
+            callbacks: Handlers, or the manager of a parent run. None uses those of the surrounding chain.
 
         Returns:
-            min(N, top_n) copies at most, with `relevance_score` in their metadata. Handlers are told of a run of the
-            class's name, with query, documents, model and top_n in, and documents, scores and usage out.
+            At most min(N, top_n) copies.
 
         Raises:
-            RegoloError: See `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
-                `RerankFallbackWarning` instead.
+            RegoloError: As in `RegoloClient.rerank`, unless `on_error` covers the error.
         """
-        with ends_here:
-            return self._trace(documents, query, _config(callbacks))
+        documents, config = _check_documents(documents), _find_config(callbacks)
+        manager = get_callback_manager_for_config(config)
+        if not manager.handlers:
+            return self._attach_scores(documents, self._rerank(documents, query))
+        inputs = self._trace_inputs(documents, query)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
+        run = manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
+        _openinference.show_inputs(run, **inputs)
+        try:
+            outcome = self._rerank(documents, query)
+            kept = self._attach_scores(documents, outcome)
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end(_trace_outputs(run, kept, outcome))
+        return kept
 
     async def acompress_documents(
-        self,
-        documents: Sequence[Document],
-        query: str,
-        callbacks: Callbacks | None = None,
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Return what `compress_documents` does, without blocking the event loop."""
-        with ends_here:
-            return await self._atrace(documents, query, _config(callbacks))
+        """Return the documents as `compress_documents` does, without blocking the event loop."""
+        documents, config = _check_documents(documents), _find_config(callbacks)
+        manager = get_async_callback_manager_for_config(config)
+        if not manager.handlers:
+            return self._attach_scores(documents, await self._arerank(documents, query))
+        inputs = self._trace_inputs(documents, query)
+        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
+        run = await manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
+        _openinference.show_inputs(run, **inputs)
+        try:
+            outcome = await self._arerank(documents, query)
+            kept = self._attach_scores(documents, outcome)
+        except BaseException as error:
+            await run.on_chain_error(error)
+            raise
+        await run.on_chain_end(_trace_outputs(run, kept, outcome))
+        return kept
 
     def rerank(
         self,
         documents: Iterable[str | Document | dict[str, Any]],
         query: str,
         *,
-        model: str | None = None,
         top_n: int | None = None,
+        model: str | None = None,
         instruction: str | None = None,
+        score_threshold: float | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[RankedIndex]:
-        """Rank documents of any kind, as LangChain's other rerankers do.
+        """Rank strings, documents or dicts, as LangChain's other rerankers do.
+
+        `on_error` does not apply. An argument of None uses the option.
 
         Args:
-            documents: N strings, documents, or dicts with their text in `text`.
-            query: What was searched; not blank.
-            model: Name of the reranking model; None takes the option.
-            top_n: Results kept; None takes the option.
-            instruction: The task in a sentence; None takes the option.
+            documents: N strings, documents, or dicts with a `text`.
+            query: The query, not blank.
+            top_n: As in `RegoloClient.rerank`, like the following arguments.
+            model: Name of the reranking model.
+            instruction: The task in one sentence.
+            score_threshold: Drop results with a lower score.
+            total_timeout: Seconds for the whole call.
+            extra_body: Additional JSON fields of each request.
 
         Returns:
-            min(N, top_n) dicts at most, the best first, with `index` into `documents` and `relevance_score`.
+            At most min(N, top_n) dicts with `index` and `relevance_score`, best first.
 
         Raises:
-            RegoloError: See `RegoloClient.rerank`; `on_error` does not apply, since indices need scores.
+            RegoloError: As in `RegoloClient.rerank`.
         """
-        with ends_here:
-            ranking = self._rank(query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction)
-            return _as_dicts(ranking)
+        response = self._client_for_call().rerank(
+            query,
+            documents,
+            text=self._text_of_any,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
+        return [RankedIndex(index=result.index, relevance_score=result.relevance_score) for result in response]
 
     async def arerank(
         self,
         documents: Iterable[str | Document | dict[str, Any]],
         query: str,
         *,
-        model: str | None = None,
         top_n: int | None = None,
+        model: str | None = None,
         instruction: str | None = None,
+        score_threshold: float | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[RankedIndex]:
         """Rank as `rerank` does, without blocking the event loop."""
-        with ends_here:
-            ranking = await self._arank(
-                query, self._read_texts(documents), model=model, top_n=top_n, instruction=instruction
-            )
-            return _as_dicts(ranking)
+        response = await self._client_for_call().arerank(
+            query,
+            documents,
+            text=self._text_of_any,
+            top_n=top_n,
+            model=model,
+            instruction=instruction,
+            score_threshold=score_threshold,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
+        return [RankedIndex(index=result.index, relevance_score=result.relevance_score) for result in response]
 
-    def as_runnable(
-        self, *, query_key: str = "query", documents_key: str = "documents"
-    ) -> "RunnableSerializable[Candidates | dict[str, Any], list[Document]]":
-        """Return this reranker as a step of an LCEL chain.
+    def as_runnable(self, *, query_key: str = "query", documents_key: str = "documents") -> "RerankStep":
+        """Return this reranker as a step of an LCEL chain: `{"query": ..., "documents": ...}` to documents.
 
-        It takes `{"query": ..., "documents": ...}` and gives the documents that are kept; options that are assigned
-        later count for it too. It traces as a direct call does and raises the same errors, and `InvalidInputError` for
-        other inputs. By `invoke`, `bind` or `configurable_fields` it takes what `RegoloClient.rerank` takes for one
-        call: top_n, model, instruction, score_threshold and extra_body.
+        At `invoke`, by `bind` and as configurable fields it accepts the options of one call: `top_n`, `model`,
+        `instruction`, `score_threshold`, `total_timeout`, `extra_body` and `api_key`.
 
         Args:
-            query_key: Where its input has the query.
-            documents_key: Where its input has the documents.
+            query_key: The key of the query in the input.
+            documents_key: The key of the documents in the input.
 
         Examples:
             >>> step = RegoloRerank(base_url="local://").as_runnable()
-            >>> documents = [Document("Rome"), Document("Beijing, capital of China")]
-            >>> candidates = {"query": "capital of China", "documents": documents}
-            >>> step.invoke(candidates, top_n=1)[0].page_content
-            'Beijing, capital of China'
+            >>> documents = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
+            >>> step.invoke({"query": "capital of China", "documents": documents}, top_n=1)[0].page_content
+            'Beijing is the capital of China.'
         """
-        # LangChain's runnables take longer to load than all else together.
-        from regolo_rerank._adapters.runnable import Step
+        return RerankStep(reranker=self, query_key=query_key, documents_key=documents_key)
 
-        return Step(
-            name=type(self).__name__,
-            rerank=self._trace,
-            arerank=self._atrace,
-            query_key=query_key,
-            documents_key=documents_key,
+    def _rerank(self, documents: list[Document], query: str) -> Outcome:
+        try:
+            response = self._client_for_call().rerank(query, documents, text=self._text_of)
+        except RegoloError as error:
+            return self._fall_back(error, len(documents))
+        return Outcome(response, report_ranking(response))
+
+    async def _arerank(self, documents: list[Document], query: str) -> Outcome:
+        try:
+            response = await self._client_for_call().arerank(query, documents, text=self._text_of)
+        except RegoloError as error:
+            return self._fall_back(error, len(documents))
+        return Outcome(response, report_ranking(response))
+
+    def _attach_scores(self, documents: list[Document], outcome: Outcome) -> list[Document]:
+        """Return copies of the ranked documents with their scores; after a fallback, the first ones without a score."""
+        key = self.score_metadata_key
+        if outcome.response is None:
+            return [_without(document, key) for document in documents[: self.top_n]]
+        kept = []
+        for result in outcome.response:
+            further: dict[str, Any] = {} if key is None else {key: result.relevance_score}
+            if result.passage is not None:
+                further["relevant_passage"] = result.passage
+            kept.append(_copy(result.document, {**result.document.metadata, **further}))
+        return kept
+
+    def _text_of(self, document: Document) -> str:
+        if not self.metadata_fields:
+            return document.page_content
+        values = ((key, _write_value(document.metadata.get(key))) for key in self.metadata_fields)
+        return "\n".join([*(f"{key}: {value}" for key, value in values if value), document.page_content])
+
+    def _text_of_any(self, document: str | Document | dict[str, Any]) -> str:
+        if isinstance(document, Document):
+            return self._text_of(document)
+        if isinstance(document, dict):
+            return get_texts([document], "text")[0]
+        return document
+
+    def _run_name(self, config: RunnableConfig) -> str:
+        return config.get("run_name") or type(self).__name__
+
+    def _trace_inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
+        # A handler may modify the list that it is shown, while the call goes on with its own.
+        return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
+
+
+_CALL_OPTIONS: Final = ("top_n", "model", "instruction", "score_threshold", "total_timeout", "extra_body", "api_key")
+
+
+class _CallOptions(BaseModel):
+    """Options of one call, as fields that `configurable_fields` can name; None uses the reranker's option."""
+
+    top_n: Annotated[int | None, SkipValidation] = None
+    model: Annotated[str | None, SkipValidation] = None
+    instruction: Annotated[str | None, SkipValidation] = None
+    score_threshold: Annotated[float | None, SkipValidation] = None
+    total_timeout: Annotated[float | None, SkipValidation] = None
+    extra_body: Annotated[dict[str, Any] | None, SkipValidation] = None
+    api_key: SecretStr | None = None
+
+    def _with_call_options(self, reranker: RegoloRerank, arguments: Mapping[str, Any]) -> RegoloRerank:
+        """Return the reranker with the options of one call."""
+        if unknown := arguments.keys() - set(_CALL_OPTIONS):
+            raise InvalidInputError(
+                f"{', '.join(sorted(unknown))}: not an option of one call; those are {', '.join(_CALL_OPTIONS)}. Set "
+                f"others with with_options()"
+            )
+        given = {name: getattr(self, name) for name in _CALL_OPTIONS} | dict(arguments)
+        changes = {name: value for name, value in given.items() if value is not None}
+        return reranker.with_options(**changes) if changes else reranker
+
+
+class RerankStep(_CallOptions, RunnableSerializable[Any, list[Document]]):
+    """A reranker as a step of an LCEL chain; see `RegoloRerank.as_runnable`."""
+
+    reranker: RegoloRerank
+    query_key: str
+    documents_key: str
+
+    def __repr__(self) -> str:
+        return f"{type(self.reranker).__name__}().as_runnable()"
+
+    def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
+        """Return the name of the reranker's class."""
+        return super().get_name(suffix, name=name or self.name or type(self.reranker).__name__)
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        """Return a model of `{"query": ..., "documents": ...}`."""
+        del config
+        fields: dict[str, Any] = {self.query_key: (str, ...), self.documents_key: (list[Document], ...)}
+        return create_model(self.get_name("Input"), **fields)
+
+    def invoke(
+        self,
+        input: Any,  # noqa: A002 - LangChain's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Rerank `{"query": ..., "documents": ...}`, with options of one call."""
+        documents, query = self._read(input)
+        reranker = self._with_call_options(self.reranker, kwargs)
+        with set_config_context(ensure_config(config)) as context:
+            return context.run(reranker.compress_documents, documents, query)
+
+    async def ainvoke(
+        self,
+        input: Any,  # noqa: A002 - LangChain's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Rerank as `invoke` does, without blocking the event loop."""
+        documents, query = self._read(input)
+        reranker = self._with_call_options(self.reranker, kwargs)
+        with set_config_context(ensure_config(config)) as context:
+            return await asyncio.create_task(reranker.acompress_documents(documents, query), context=context)
+
+    def _read(self, candidates: Any) -> tuple[Any, Any]:
+        if isinstance(candidates, dict) and candidates.keys() >= {self.query_key, self.documents_key}:
+            return candidates[self.documents_key], candidates[self.query_key]
+        found = (
+            f"the keys {', '.join(map(repr, candidates))}"
+            if isinstance(candidates, dict)
+            else type(candidates).__name__
+        )
+        raise InvalidInputError(
+            f"input: must be {{{self.query_key!r}: ..., {self.documents_key!r}: ...}}, got {found}. For other keys use "
+            f"as_runnable(query_key=..., documents_key=...)"
         )
 
-    def _trace(
-        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+
+class RerankRetriever(_CallOptions, BaseRetriever):
+    """Retriever that reranks the documents of another one.
+
+    Retrieval and reranking are child runs in a trace. `invoke` and `ainvoke` accept `k` and the options of one call:
+    `top_n`, `model`, `instruction`, `score_threshold`, `total_timeout`, `extra_body` and `api_key`. So do `bind` and
+    `configurable_fields`.
+
+    Args:
+        base_retriever: A retriever, or any runnable from a query to documents. It should return more documents than
+            `top_n`, for example 50.
+        reranker: The reranker.
+        k: Number of documents to keep; the same as `top_n`. None uses the reranker's `top_n`.
+
+    Raises:
+        pydantic.ValidationError: An argument is unknown or has a wrong type.
+
+    Examples:
+        >>> from langchain_core.runnables import RunnableLambda
+        >>> found = [Document("Rome is in Italy."), Document("Beijing is the capital of China.")]
+        >>> reranker = RegoloRerank(base_url="local://", top_n=5)
+        >>> retriever = RerankRetriever(base_retriever=RunnableLambda(lambda query: found), reranker=reranker)
+        >>> retriever.invoke("capital of China", k=1)[0].page_content
+        'Beijing is the capital of China.'
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", hide_input_in_errors=True)
+
+    base_retriever: Runnable[str, Any]
+    reranker: RegoloRerank
+    k: Annotated[int | None, SkipValidation] = None
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        """Rerank in a run of its own, where somebody listens."""
-        documents = check_documents(documents, Document)
-        manager = get_callback_manager_for_config(config)
-        if not manager.handlers:
-            return self._rerank(query, documents, self._get_texts, _attach_scores, **arguments).kept
-        inputs = self._tell_inputs(documents, query, arguments)
-        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
-        run = manager.on_chain_start(None, inputs, **self._identify(config))
-        show_inputs(run, **inputs)
-        try:
-            outcome = self._rerank(query, documents, self._get_texts, _attach_scores, **arguments)
-        except BaseException as error:
-            run.on_chain_error(error)
-            raise
-        run.on_chain_end(_tell_outputs(run, outcome))
-        return outcome.kept
+        reranker = self._reranker_for(kwargs)
+        documents = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()})
+        return reranker.compress_documents(documents, query, callbacks=run_manager.get_child())
 
-    async def _atrace(
-        self, documents: Sequence[Document], query: str, config: RunnableConfig, **arguments: Any
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        documents = check_documents(documents, Document)
-        manager = get_async_callback_manager_for_config(config)
-        if not manager.handlers:
-            return (await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)).kept
-        inputs = self._tell_inputs(documents, query, arguments)
-        manager.add_metadata({"ls_provider": "regolo", "ls_model_name": inputs["model"]}, inherit=False)
-        run = await manager.on_chain_start(None, inputs, **self._identify(config))
-        show_inputs(run, **inputs)
-        try:
-            outcome = await self._arerank(query, documents, self._get_texts, _attach_scores, **arguments)
-        except BaseException as error:
-            await run.on_chain_error(error)
-            raise
-        await run.on_chain_end(_tell_outputs(run, outcome))
-        return outcome.kept
+        reranker = self._reranker_for(kwargs)
+        documents = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()})
+        return await reranker.acompress_documents(documents, query, callbacks=run_manager.get_child())
 
-    def _identify(self, config: RunnableConfig) -> dict[str, Any]:
-        return {"name": config.get("run_name") or type(self).__name__, "run_id": config.get("run_id")}
-
-    def _tell_inputs(self, documents: list[Document], query: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "query": query,
-            "documents": list(documents),  # a handler may change what it is shown, while the call goes on
-            "model": self._argument("model", arguments),
-            "top_n": self._argument("top_n", arguments),
-        }
-
-    def _get_texts(self, documents: list[Document]) -> list[str]:
-        if not self.metadata_fields:
-            return [document.page_content for document in documents]
-        return [self._get_text(document) for document in documents]
-
-    def _read_texts(self, documents: Iterable[str | Document | dict[str, Any]]) -> list[str]:
-        return [
-            self._read_text(index, document)
-            for index, document in enumerate(check_documents(documents, str, Document, dict))
-        ]
-
-    def _read_text(self, index: int, document: str | Document | dict[str, Any]) -> str:
-        if isinstance(document, str):
-            return document
-        if isinstance(document, dict):
-            text = document.get("text")
-            if not isinstance(text, str):
-                raise InvalidInputError(
-                    f"documents[{index}]: a dict's text is a string in 'text', got {type(text).__name__}"
-                )
-            return text
-        return self._get_text(document)
-
-    def _get_text(self, document: Document) -> str:
-        lines = [f"{key}: {document.metadata[key]}" for key in self.metadata_fields if key in document.metadata]
-        return "\n".join([*lines, document.page_content]) if lines else document.page_content
+    def _reranker_for(self, arguments: dict[str, Any]) -> RegoloRerank:
+        k = arguments.pop("k", self.k)
+        if k is not None:
+            if arguments.get("top_n", self.top_n) is not None:
+                raise InvalidInputError("k: the same as top_n; pass one of them")
+            arguments["top_n"] = k
+        return self._with_call_options(self.reranker, arguments)
 
 
-def _config(callbacks: Callbacks | None) -> RunnableConfig:
-    """Return the configuration of a call that is given callbacks, or takes those of the chain around it."""
+def _check_documents(documents: Sequence[Document]) -> list[Document]:
+    if isinstance(documents, Document):
+        raise InvalidInputError("documents: must be a list, got Document; pass [document]")
+    listed = check_documents(documents)
+    for index, document in enumerate(listed):
+        if not isinstance(document, Document):
+            raise InvalidInputError(
+                f"documents[{index}]: must be a Document, got {type(document).__name__}; pass "
+                f"Document(page_content=...), or call rerank(documents, query), which accepts strings"
+            )
+    return listed
+
+
+def _find_config(callbacks: Callbacks | None) -> RunnableConfig:
+    """Return the config with the given callbacks, or that of the surrounding chain."""
     return ensure_config() if callbacks is None else {"callbacks": callbacks}
 
 
-def _attach_scores(documents: list[Document], response: RerankResponse) -> list[Document]:
-    return [
-        (document := documents[result.index]).model_copy(
-            update={"metadata": {**document.metadata, "relevance_score": result.relevance_score}}
-        )
-        for result in response.results
-    ]
+def _copy(document: Document, metadata: dict[str, Any]) -> Document:
+    """Return a copy with other metadata, as a plain `Document` if the caller's class cannot be written as JSON.
+
+    LangChain's transformers return such classes, with arrays as fields, and a trace or a cache could not store them.
+    """
+    copy = document.model_copy(update={"metadata": metadata})
+    if type(document) is not Document:
+        try:
+            copy.model_dump_json()
+        except (PydanticSerializationError, TypeError, ValueError):
+            return Document(page_content=document.page_content, id=document.id, metadata=metadata)
+    return copy
 
 
-def _tell_outputs(
-    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, outcome: Outcome[Document]
+def _without(document: Document, key: str | None) -> Document:
+    """Return a copy without an earlier score; the document itself if it has none."""
+    if key is None or key not in document.metadata:
+        return document
+    return _copy(document, {name: value for name, value in document.metadata.items() if name != key})
+
+
+def _write_value(value: Any) -> str:
+    """Return a metadata value as a person would write it; "" for a missing or empty one."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(filter(None, map(_write_value, value)))
+    if isinstance(value, float):
+        return "" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return "" if value is None else str(value).strip()
+
+
+def _trace_outputs(
+    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, kept: list[Document], outcome: Outcome
 ) -> dict[str, Any]:
-    """Tell tracers what they do not take from a run's outputs, and return those."""
-    scores = None if outcome.report["fallback"] else [document.metadata["relevance_score"] for document in outcome.kept]
-    outputs = {"documents": list(outcome.kept), "scores": scores, **outcome.report}
-    show_outputs(run, **outputs)
-    _count_tokens(run, outcome)
-    return outputs
-
-
-def _count_tokens(
-    run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, outcome: Outcome[Document]
-) -> None:
-    """Tell tracers of the tokens where LangChain's own models do, so that LangSmith counts them."""
+    """Return what a trace shows at the end of a run, and pass the tokens to tracers that count them."""
+    scores = None if outcome.response is None else [result.relevance_score for result in outcome.response]
+    outputs = {"documents": list(kept), "scores": scores, **outcome.report}
+    _openinference.show_outputs(run, **outputs)
     tokens = (outcome.report["usage"] or {}).get("total_tokens")
-    if tokens is None:
-        return
     for handler in run.handlers:
+        # LangSmith reads the tokens from where LangChain's own models put them.
         traced = getattr(handler, "run_map", {}).get(str(run.run_id))
-        if traced is not None:
+        if traced is not None and tokens is not None:
             usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
             traced.extra.setdefault("metadata", {})["usage_metadata"] = usage
-
-
-def _as_dicts(response: RerankResponse) -> list[RankedIndex]:
-    return [{"index": result.index, "relevance_score": result.relevance_score} for result in response.results]
+    return outputs

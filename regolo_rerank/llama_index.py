@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from regolo_rerank._version import install_hint
 
 try:
     from llama_index.core import __version__ as llama_index_version
@@ -13,15 +14,15 @@ try:
     from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
     from llama_index_instrumentation import get_dispatcher
 except ImportError as error:
-    raise ImportError('regolo_rerank.llama_index needs LlamaIndex: pip install "regolo_rerank[llama-index]"') from error
+    raise ImportError(f"regolo_rerank.llama_index needs LlamaIndex: {install_hint('llama-index')}") from error
 
 from pydantic import model_validator
 
-from regolo_rerank._adapters.base import AdapterOptions, Outcome, report_failure
-from regolo_rerank._adapters.spans import show_report
-from regolo_rerank._wire.inputs import check_documents
-from regolo_rerank.errors import InvalidInputError, ends_here
-from regolo_rerank.results import RerankResponse, Usage
+from regolo_rerank import _openinference
+from regolo_rerank._adapters import AdapterOptions, Outcome, report_failure, report_ranking
+from regolo_rerank._inputs import check_documents
+from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.results import Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
 
@@ -29,14 +30,14 @@ _dispatcher = get_dispatcher(__name__)
 
 
 class RegoloReRankEndEvent(ReRankEndEvent):
-    """The end of a rerank: LlamaIndex's own event, which has `nodes`, with what the call took and came to.
+    """LlamaIndex's `ReRankEndEvent` with usage and outcome added.
 
     Attributes:
-        response_id: The service's name for the first reply; None where there is none.
-        request_ids: The gateway's name for each request that has one, for support.
-        usage: Tokens, requests and cost, added up over all requests of the call; None where the call failed.
-        fallback: Whether `on_error="return_input"` has given the input back, unranked.
-        error: What went wrong with a call that failed or fell back; None where it has ranked.
+        response_id: The server's id of the first reply; None if there is none.
+        request_ids: The gateway's id of each request that has one, for support.
+        usage: Tokens, requests and cost of all requests of the call; None if it failed.
+        fallback: Whether `on_error="return_input"` has returned the input.
+        error: The error of a call that failed or fell back; None otherwise.
 
     Raises:
         pydantic.ValidationError: A field is missing or has a wrong type.
@@ -50,50 +51,48 @@ class RegoloReRankEndEvent(ReRankEndEvent):
 
 
 class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
-    """Reranks nodes with Regolo.ai's Rerank API.
+    """Node postprocessor that reranks nodes with Regolo.ai's Rerank API.
 
-    `postprocess_nodes(nodes, query_bundle=None, query_str=None)` takes N nodes (`NodeWithScore`) and a query in one of
-    its two forms, and returns min(N, top_n) copies at most, the best first. Their `score` is the relevance score, and
-    so is `relevance_score` in their metadata, which the next postprocessor leaves alone, and which neither the LLM nor
-    an embedding model sees. The caller's own are never changed. `apostprocess_nodes` is the same, natively async.
-    `callback_manager`, for handlers of LlamaIndex's older kind, is an option too.
+    `postprocess_nodes(nodes, query_bundle=None, query_str=None)` returns copies of the best nodes. Their `score` is the
+    relevance score, and so is `relevance_score` in their metadata, which is excluded from the LLM and embedding text.
+    The caller's nodes are never modified. `apostprocess_nodes` is the async variant.
 
     Args:
-        api_key: The key; without it, the environment's `REGOLO_API_KEY` is used.
-        callback_manager: LlamaIndex's own, for handlers of its older kind; may be assigned later.
-        **options: Any option, by name: those below, and those of `Options`.
+        api_key: API key. None reads the environment variable `REGOLO_API_KEY`.
+        callback_manager: LlamaIndex's manager, for handlers of its older kind.
+        **options: `metadata_mode`, `keep_retrieval_score`, `on_error` and `score_metadata_key`, and the options of
+            `RegoloClient`. The default of `top_n` is 5.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or has a wrong value; the message names it.
-        RegoloError: By a call, see `RegoloClient.rerank`; with `on_error="return_input"` a failure of the service is a
-            `RerankFallbackWarning` instead.
+        InvalidInputError: An option is unknown or has a wrong value.
+        RegoloError: By a call, as in `RegoloClient.rerank`, unless `on_error` covers the error.
 
     Examples:
         >>> from llama_index.core.schema import TextNode
-        >>> texts = ["Rome", "Beijing, capital of China"]
+        >>> texts = ["Rome is in Italy.", "Beijing is the capital of China."]
         >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
         >>> reranker = RegoloRerank(base_url="local://", top_n=1)
         >>> reranker.postprocess_nodes(nodes, query_str="capital of China")[0].text
-        'Beijing, capital of China'
+        'Beijing is the capital of China.'
     """
 
     metadata_mode: MetadataMode = MetadataMode.EMBED
-    """Which of a node's metadata is put in front of its text for scoring."""
+    """Which metadata of a node is scored with its text."""
 
     keep_retrieval_score: bool = False
-    """Whether the retriever's score is kept in the metadata as `retrieval_score`, hidden from the LLM and from
-    embeddings."""
+    """Keep the retriever's score in the metadata as `retrieval_score`."""
 
     user_agent: ClassVar[str] = f"{AdapterOptions.user_agent} llama-index-core/{llama_index_version}"
 
     @classmethod
     def class_name(cls) -> str:
-        """Return the name that LlamaIndex serialises this class under."""
+        """Return the name under which LlamaIndex serialises this class."""
         return "RegoloRerank"
 
     @model_validator(mode="before")
     @classmethod
     def _drop_class_name(cls, options: Any) -> Any:
+        """Accept the `class_name` that LlamaIndex adds to a serialised object."""
         if isinstance(options, dict):
             return {name: value for name, value in options.items() if name != "class_name"}
         return options
@@ -101,35 +100,36 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with ends_here, self._report(nodes, query_bundle) as run:
-            run.outcome = self._rerank(run.query, run.nodes, self._get_texts, self._attach_scores)
-        return run.outcome.kept
+        with self._run(nodes, query_bundle) as run:
+            try:
+                response = self._client_for_call().rerank(run.query, run.nodes, text=self._text_of)
+                run.outcome = Outcome(response, report_ranking(response))
+            except RegoloError as error:
+                run.outcome = self._fall_back(error, len(run.nodes))
+            run.kept = self._attach_scores(run.nodes, run.outcome)
+        return run.kept
 
     @_dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with ends_here, self._report(nodes, query_bundle) as run:
-            run.outcome = await self._arerank(run.query, run.nodes, self._get_texts, self._attach_scores)
-        return run.outcome.kept
+        with self._run(nodes, query_bundle) as run:
+            try:
+                response = await self._client_for_call().arerank(run.query, run.nodes, text=self._text_of)
+                run.outcome = Outcome(response, report_ranking(response))
+            except RegoloError as error:
+                run.outcome = self._fall_back(error, len(run.nodes))
+            run.kept = self._attach_scores(run.nodes, run.outcome)
+        return run.kept
 
     @contextmanager
-    def _report(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
-        """Report a run to LlamaIndex's events and callbacks, with an end for each start on every path."""
-        if query_bundle is None:
-            raise InvalidInputError(
-                "Missing query bundle in extra info. Pass query_str, or query_bundle=QueryBundle(...)."
-            )
-        if not isinstance(query_bundle, QueryBundle):
-            kind = type(query_bundle).__name__
-            raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
-        run = _Run(query_bundle.query_str, check_documents(nodes, NodeWithScore, name="nodes"))
+    def _run(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
+        """Report a rerank to LlamaIndex's events and callbacks, with an end for each start."""
+        run = _Run(nodes, query_bundle)
         top_n = len(run.nodes) if self.top_n is None else self.top_n
-        _dispatcher.event(
-            ReRankStartEvent(query=query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model),
-        )
+        _dispatcher.event(ReRankStartEvent(query=run.query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model))
         payload: dict[str, Any] = {
-            EventPayload.NODES: list(run.nodes),  # a handler may change what it is shown, while the call goes on
+            EventPayload.NODES: list(run.nodes),  # a handler may modify it, while the call goes on with its own
             EventPayload.MODEL_NAME: self.model,
             EventPayload.QUERY_STR: run.query,
             EventPayload.TOP_K: top_n,
@@ -137,32 +137,60 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         try:
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
                 yield run
-                kept, report = run.outcome.kept, run.outcome.report
-                event.on_end(payload={EventPayload.NODES: list(kept), EventPayload.ADDITIONAL_KWARGS: report})
+                event.on_end(
+                    payload={EventPayload.NODES: list(run.kept), EventPayload.ADDITIONAL_KWARGS: run.outcome.report}
+                )
         except BaseException as error:
-            run.outcome = Outcome([], report_failure(error, fallback=False))
+            run.kept, run.outcome = [], Outcome(None, report_failure(error, fallback=False))
             raise
         finally:
-            show_report(run.outcome.report)
-            _dispatcher.event(RegoloReRankEndEvent(nodes=run.outcome.kept, **run.outcome.report))
+            _openinference.show_report(run.outcome.report)
+            _dispatcher.event(RegoloReRankEndEvent(nodes=run.kept, **run.outcome.report))
 
-    def _get_texts(self, nodes: list[NodeWithScore]) -> list[str]:
-        return [candidate.node.get_content(metadata_mode=self.metadata_mode) for candidate in nodes]
+    def _text_of(self, candidate: NodeWithScore) -> str:
+        return candidate.node.get_content(metadata_mode=self.metadata_mode)
 
-    def _attach_scores(self, nodes: list[NodeWithScore], response: RerankResponse) -> list[NodeWithScore]:
+    def _attach_scores(self, nodes: list[NodeWithScore], outcome: Outcome) -> list[NodeWithScore]:
+        """Return copies of the ranked nodes with their scores; after a fallback, the first ones without a score."""
+        key = self.score_metadata_key
+        if outcome.response is None:
+            return [_without(candidate, key) for candidate in nodes[: self.top_n]]
         kept = []
-        for result in response.results:
-            candidate, scores = nodes[result.index], {"relevance_score": result.relevance_score}
-            further = {"retrieval_score": candidate.score, **scores} if self.keep_retrieval_score else scores
-            fields: dict[str, Any] = {"node": _add_metadata(candidate.node, further), "score": result.relevance_score}
-            # To make one anew takes half of what a copy takes; but one of a class of the caller's may hold more.
-            anew = type(candidate) is NodeWithScore
-            kept.append(NodeWithScore(**fields) if anew else candidate.model_copy(update=fields))
+        for result in outcome.response:
+            further: dict[str, Any] = {} if key is None else {key: result.relevance_score}
+            if result.passage is not None:
+                further["relevant_passage"] = result.passage
+            if self.keep_retrieval_score:
+                further["retrieval_score"] = result.document.score
+            node = _add_metadata(result.document.node, further) if further else result.document.node
+            kept.append(result.document.model_copy(update={"node": node, "score": result.relevance_score}))
         return kept
 
 
+class _Run:
+    """One rerank, as it is reported to LlamaIndex."""
+
+    def __init__(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> None:
+        if query_bundle is None:
+            raise InvalidInputError("query: missing; pass query_str=..., or query_bundle=QueryBundle(...)")
+        if not isinstance(query_bundle, QueryBundle):
+            kind = type(query_bundle).__name__
+            raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
+        self.query_bundle = query_bundle
+        self.query = query_bundle.query_str
+        self.nodes = check_documents(nodes, "nodes")
+        for index, candidate in enumerate(self.nodes):
+            if not isinstance(candidate, NodeWithScore):
+                raise InvalidInputError(
+                    f"nodes[{index}]: must be a NodeWithScore, got {type(candidate).__name__}; pass "
+                    f"NodeWithScore(node=TextNode(text=...)), or call RegoloClient.rerank with strings"
+                )
+        self.kept: list[NodeWithScore] = []
+        self.outcome: Outcome
+
+
 def _add_metadata(node: BaseNode, further: dict[str, Any]) -> BaseNode:
-    """Return a copy of a node with further metadata, which no text shows."""
+    """Return a copy of a node with further metadata, excluded from the LLM and embedding text."""
     return node.model_copy(
         update={
             "metadata": {**node.metadata, **further},
@@ -176,10 +204,9 @@ def _add_keys(keys: list[str], further: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*keys, *further]))
 
 
-@dataclass(slots=True)
-class _Run:
-    """One reranking, as LlamaIndex is told of it."""
-
-    query: str
-    nodes: list[NodeWithScore]
-    outcome: Outcome[NodeWithScore] = field(init=False)
+def _without(candidate: NodeWithScore, key: str | None) -> NodeWithScore:
+    """Return a copy without an earlier score in the metadata; the node itself if it has none."""
+    if key is None or key not in candidate.node.metadata:
+        return candidate
+    metadata = {name: value for name, value in candidate.node.metadata.items() if name != key}
+    return candidate.model_copy(update={"node": candidate.node.model_copy(update={"metadata": metadata})})

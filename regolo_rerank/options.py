@@ -1,15 +1,19 @@
-"""Every option once: its type, default, check and environment variable.
+"""Options of the client and both adapters, and the settings of one call that follow from them.
 
-`RegoloClient` and both adapters inherit these fields, so an option has the same name and meaning in all of them. An
-argument of a single call is checked by the option that it stands in for.
+`Options` holds fields and validators only. `resolve` turns them into frozen `Settings` at the start of each call, so
+that an option or environment variable that changes later affects the next call and not the current one.
 """
 
+import difflib
+import inspect
+import json
+import operator
 import os
-from collections.abc import Mapping, MutableMapping
-from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-import httpx
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,318 +29,430 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
-from regolo_rerank._display.help import OptionsDocstring, OptionsSignature
-from regolo_rerank._wire.checks import (
-    API_KEY_VARIABLE,
-    check_base_url,
-    check_cache,
-    check_extra_body,
-    check_headers,
-    check_key,
-    check_text,
-    client_check,
-    dump_key,
-    explain,
-    read_environment_key,
-)
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE, DEFAULT_BASE_URL, Endpoint, Scorer, read_base_url
-from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError
-from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
+from regolo_rerank._endpoint import DEFAULT_BASE_URL, Endpoint, parse_base_url
+from regolo_rerank._version import __version__
+from regolo_rerank.cache import SQLiteCache
+from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RerankWarning, warn
+from regolo_rerank.prompts import API_FIELDS, DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
-__all__ = ["Count", "Options"]
+__all__ = ["API_KEY_VARIABLE", "BASE_URL_VARIABLE", "Options", "Scorer", "Settings", "resolve"]
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1_000_000)]
-"""Eleven days at most: the clocks of sockets and threads end somewhere."""
-Text = Annotated[str, Field(strict=True), AfterValidator(check_text)]
+API_KEY_VARIABLE: Final = "REGOLO_API_KEY"
+BASE_URL_VARIABLE: Final = "REGOLO_BASE_URL"
+
+Scorer = Callable[[str, list[str]], Sequence[float]]
+"""A function that scores for `local://`: (query, documents) -> one finite number per document, higher is better."""
+
+
+def _check_integer(value: Any) -> Any:
+    """Accept every integer type, such as numpy's, but not a bool."""
+    if isinstance(value, bool | str) or not hasattr(value, "__index__"):
+        return value  # which the field's own check rejects
+    return operator.index(value)
+
+
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+def _check_key(value: object) -> SecretStr | None:
+    key = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if key is None:
+        return None
+    if not isinstance(key, str):
+        raise ValueError("must be a string")  # noqa: TRY004 - pydantic turns a ValueError into its own error
+    key = key.strip()
+    if key.lower().startswith("bearer ") or key[:1] in {"'", '"'} or key[-1:] in {"'", '"'}:
+        raise ValueError("must be the key itself, without 'Bearer ' and without quotes")
+    if re.fullmatch(r"(?i)([\w.-]+/)?[\w.-]*rerank[\w.-]*", key):
+        raise ValueError("looks like a model name; pass it as model=...")
+    for position, character in enumerate(key):
+        if not "!" <= character <= "~":
+            raise ValueError(f"contains a space, control or non-ASCII character at position {position}")
+    return SecretStr(key)
+
+
+def _dump_key(key: SecretStr | None) -> str | None:
+    """Leave a key out of every dump, but keep "", which means "send no key"."""
+    return "" if key is not None and not key.get_secret_value() else None
+
+
+def _check_base_url(base_url: str) -> str:
+    parse_base_url(base_url.strip())
+    return base_url.strip()
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
+
+
+def _check_headers(headers: dict[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if name.lower() in {"authorization", "proxy-authorization"}:
+            raise ValueError(f"must not contain {name}; pass the key as api_key")
+        if name.lower() in {"content-length", "transfer-encoding", "accept-encoding", "content-type"}:
+            raise ValueError(f"must not contain {name}, which the client sets itself")
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise ValueError("must be printable ASCII: names without spaces, values without spaces around them")
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
+    if ours := fields.keys() & API_FIELDS:
+        raise ValueError(f"must not contain {', '.join(sorted(ours))}; pass it as the argument of that name")
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"must be plain JSON: {error}") from None
+    return copied
+
+
+def _check_cache(cache: Any) -> Any:
+    if isinstance(cache, str | os.PathLike):
+        return SQLiteCache(cache)
+    is_mapping = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
+    if cache is not None and (isinstance(cache, type) or not is_mapping):
+        raise ValueError("must be a path or a mutable mapping, such as a dict")
+    return cache
+
+
+def _http_client_check(*, is_async: bool) -> Callable[[Any], Any]:
+    """Return a check for clients of httpx and compatible libraries, which is all that they need to have in common."""
+
+    def check(client: Any) -> Any:
+        send = getattr(client, "send", None)
+        if client is not None and (
+            not hasattr(client, "build_request") or inspect.iscoroutinefunction(send) is not is_async
+        ):
+            raise ValueError(f"must be an {'httpx.AsyncClient' if is_async else 'httpx.Client'}")
+        return client
+
+    return check
+
+
+Count = Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=1)]
+Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1_000_000)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_check_text)]
 
 
 class Options(BaseModel):
-    """The options that the client and both adapters share.
+    """Options that the client and both adapters share.
 
-    A `Count` is an integer from 1, `Seconds` is a number of seconds, a `Text` is a string that is not blank, and a
-    `Scorer` is a function of a query and N documents that gives N finite numbers, higher for better.
+    Every option is checked at construction and at assignment.
 
     Raises:
-        pydantic.ValidationError: On construction and on assignment; it names the option and the value's type, and
-            never holds the value itself, which might be a key.
+        InvalidInputError: An option is unknown or has a wrong value. The message names it and never contains a key.
     """
 
     model_config = ConfigDict(
-        arbitrary_types_allowed=True,
-        defer_build=True,  # of the classes in between, nobody makes an object
-        extra="forbid",
-        hide_input_in_errors=True,
-        validate_assignment=True,
+        arbitrary_types_allowed=True, extra="forbid", hide_input_in_errors=True, validate_assignment=True
     )
 
     api_key: Annotated[
-        SecretStr | str | None,
-        BeforeValidator(check_key),
-        PlainSerializer(dump_key, return_type=str | None),
-    ] = Field(default=None, kw_only=False)
-    """API key; None takes the environment's `REGOLO_API_KEY` at each call, "" sends none."""
+        SecretStr | str | None, BeforeValidator(_check_key), PlainSerializer(_dump_key, return_type=str | None)
+    ] = None
+    """API key. None reads the environment variable `REGOLO_API_KEY` at each call; "" sends no key."""
 
-    base_url: Annotated[str, AfterValidator(check_base_url)] | None = None
-    """Server, with or without `/v1` and `/rerank`; None takes `REGOLO_BASE_URL`, else `https://api.regolo.ai`.
-    `local://` is the embedded endpoint: no key, no network."""
+    base_url: Annotated[str, AfterValidator(_check_base_url)] | None = None
+    """Server, with or without `/v1`, `/rerank` or a trailing slash. None reads the environment variable
+    `REGOLO_BASE_URL`, else uses `https://api.regolo.ai`. `local://` is the offline scorer: no key, no network."""
 
     model: Text = "Qwen3-Reranker-4B"
-    """Name of the reranking model; the default is the one in Regolo's API examples."""
+    """Name of the reranking model."""
 
     top_n: Count | None = None
-    """Results kept, the best first; None keeps all."""
+    """Number of results to keep, at least 1; None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
-    """The task in a sentence, for prompt formats that have a place for it, in the query or in a field of its own; the
-    default is a web search, as in Regolo's API examples."""
+    """The task in one sentence, for prompt formats that use one. The default is the web search task of Regolo's
+    examples."""
 
     prompt_format: Annotated[
         Annotated[PromptFormat, Tag("format")]
         | Annotated[Literal["auto", "tagged", "documented", "chat", "server_template", "plain"], Tag("name")],
         Discriminator(lambda value: "name" if isinstance(value, str) else "format"),
     ] = "auto"
-    """How query and document are put into words for the model: a `PromptFormat` or a preset's name. "auto" is `tagged`
-    for `Qwen3-Reranker*`, and `plain` for other models and on `local://`. Without the tags that it was trained on, a
-    model scores lower, as Regolo's page says; a server that has the model's template puts them in by itself, and gets
-    `server_template`."""
+    """Prompt format for query and document: a preset name or a `PromptFormat`. "auto" is `tagged` for
+    `Qwen3-Reranker*`, and `plain` for other models and for `local://`."""
 
     score_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
-    """Results that score lower are dropped, after `top_n` has been chosen from all candidates. On the model's own
-    scale: from 0 to 1 for `Qwen3-Reranker*`."""
+    """Drop results with a lower score, after `top_n` was applied. On the model's own scale: 0 to 1 for
+    `Qwen3-Reranker*`. A blank document never passes."""
 
-    timeout: Annotated[Seconds, Field(gt=0)] = 60.0
-    """Seconds for one attempt, from connecting to the last byte of the reply. In a sync call it bounds each wait while
-    connecting, sending and reading headers, and the body has to be complete by then."""
+    timeout: Seconds = 60.0
+    """Seconds per attempt, from connecting to the last byte of the reply."""
 
-    max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
-    """Further attempts after the first, at least 0, for one request."""
+    total_timeout: Seconds | None = 90.0
+    """Seconds for a whole call: all requests, retries and waits. None means no limit."""
 
-    max_retry_seconds: Annotated[Seconds, Field(ge=0)] = 90.0
-    """Seconds, from when a request could first be sent, after which no further attempt starts."""
+    max_retries: Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=0)] = 3
+    """Further attempts per request, at least 0."""
 
     batch_size: Count = 100
-    """Documents in one request at most."""
+    """Maximum number of documents per request."""
 
     max_request_bytes: Count = 1_000_000
-    """Bytes of JSON in one request at most; a single longer document goes alone."""
+    """Maximum bytes of JSON per request; a single longer document is sent alone."""
 
     max_concurrency: Count = 4
-    """Requests of one call in flight at once, at most."""
+    """Maximum number of concurrent requests per call."""
 
     max_document_chars: Count | None = None
-    """Characters of a document that are scored at most; the caller's document comes back whole."""
+    """Characters of a document that are scored; see `long_documents` for longer ones. The caller's document is returned
+    whole."""
 
-    default_headers: Annotated[dict[str, str], AfterValidator(check_headers)] | None = Field(default=None, repr=False)
-    """Further HTTP headers, such as a gateway's tags; never the key."""
+    long_documents: Literal["cut", "split"] = "cut"
+    """What happens to documents over `max_document_chars`: "cut" scores only their beginning, "split" scores
+    overlapping passages and takes the best one."""
 
-    extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] | None = None
-    """Further JSON fields of the request."""
+    default_headers: Annotated[dict[str, str], AfterValidator(_check_headers)] | None = Field(default=None, repr=False)
+    """Additional HTTP headers, such as a gateway's tags; never the key."""
 
-    allow_substitutes: bool = Field(default=False, strict=True)
-    """Lets another model than `model` give a ranking, where the gateway has replaced one that fails: with a
-    `RerankSubstituteWarning`, for whole calls only, and never into the `cache`. A model's name is a promise in other
-    clients too, so by default such a reply is an `APIResponseError`; and regolo.ai is asked not to replace a model."""
+    extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = None
+    """Additional JSON fields of each request."""
 
     allow_http: bool = Field(default=False, strict=True)
-    """Lets the key go over plain http to a host that is not this machine."""
+    """Allow sending the key over plain http to another machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(check_cache)]] = Field(
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = Field(
         default=None, exclude=True, repr=False
     )
-    """Where scores are kept: a dict, `cachetools.LRUCache`, or any other mapping to floats. Only pairs that it does not
-    hold are sent. It is used in the caller's thread or event loop, and left out of dumps and pickles."""
+    """Where scores are kept: the path of an SQLite file, or any mutable mapping from strings to floats. Only pairs
+    without a cached score are sent."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
-    """For `local://`: a function (query, documents) -> scores in place of the embedded one. Left out of dumps."""
+    """For `local://`: a function (query, documents) -> scores instead of the offline scorer."""
 
-    http_client: SkipJsonSchema[Annotated[httpx.Client | None, PlainValidator(client_check(httpx.Client))]] = Field(
+    http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=False))]] = Field(
         default=None, exclude=True, repr=False
     )
-    """The caller's own httpx client for sync calls: its timeout, proxies and pool count; it is never closed here."""
+    """The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply; it is never closed. Its
+    timeouts apply unless `timeout` is given."""
 
-    async_http_client: SkipJsonSchema[
-        Annotated[httpx.AsyncClient | None, PlainValidator(client_check(httpx.AsyncClient))]
-    ] = Field(default=None, exclude=True, repr=False)
-    """The same for async calls, an `httpx.AsyncClient`."""
+    async_http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=True))]] = Field(
+        default=None, exclude=True, repr=False
+    )
+    """The caller's own `httpx.AsyncClient` for async calls."""
 
-    if not TYPE_CHECKING:  # A type checker reads the fields: api_key by position or name, all others by name.
-        __signature__ = OptionsSignature()
+    user_agent: ClassVar[str] = f"regolo_rerank/{__version__}"
+    """The `User-Agent` of requests; adapters add their framework."""
 
-        @classmethod
-        def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-            super().__pydantic_init_subclass__(**kwargs)
-            if cls.__doc__:
-                cls.__doc__ = OptionsDocstring(cls.__doc__)
-
-        @classmethod
-        def __pydantic_on_complete__(cls) -> None:
-            super().__pydantic_on_complete__()
-            cls.__signature__ = vars(Options)["__signature__"]  # pydantic's shows how types are checked
-
-        def __init__(self, api_key: SecretStr | str | None = None, **options: Any) -> None:
-            """Take the options, each of them checked."""
-            try:
-                super().__init__(api_key=api_key, **options)
-            except ValidationError as error:
-                problem = explain(error, type(self))
-            else:
-                return
-            # A mistyped `apikey=` must not show in a traceback with locals, which misses what is deleted.
-            api_key = options = None
-            raise problem
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            try:
-                super().__setattr__(name, value)
-            except ValidationError as error:
-                problem = explain(error, type(self))
-            else:
-                return
-            value = None
-            raise problem
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with some options changed, each of them checked.
-
-        Args:
-            update: The options to change, by name.
-            deep: Whether values are copied too; what a dump leaves out is shared in any case.
-
-        Raises:
-            pydantic.ValidationError: An option in `update` is unknown or has a wrong value.
-        """
-        copied = super().model_copy(deep=deep)
-        copied._part_from_original()  # noqa: SLF001 - of its own class
-        problem = _assign(copied, update or {})
-        if problem is None:
-            return copied
-        update = None
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            problem = explain(error, type(self))
+        else:
+            return
         raise problem
 
-    def _part_from_original(self) -> None:
-        """Give a copy its own of what copies do not share: connections, and the wait after a 429."""
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy everything, the key included, but share what a dump leaves out: http clients, scorer, cache."""
-        shared = (getattr(self, name) for name, field in type(self).model_fields.items() if field.exclude)
-        return super().__deepcopy__({**(memo or {}), **{id(value): value for value in shared if value is not None}})
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            problem = explain(error, type(self))
+        else:
+            return
+        raise problem
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the options that were set, without the key, the cache and the callers' http clients."""
-        kept = {
+        """Pickle the explicit options, without the key, the cache and the caller's HTTP clients."""
+        explicit = {
             name: getattr(self, name)
             for name, field in type(self).model_fields.items()
             if name in self.model_fields_set and (name == "scorer" or not field.exclude)
         }
-        if "api_key" in kept:
-            kept["api_key"] = dump_key(kept["api_key"])
-        return _rebuild, (type(self), kept)
+        if "api_key" in explicit:
+            explicit["api_key"] = _dump_key(explicit["api_key"])
+        return _rebuild, (type(self), explicit)
 
-    def for_call(self, **arguments: Any) -> Self:
-        """Return these options as they are now, with the arguments of one call in their place.
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:  # noqa: ARG002 - pydantic's
+        """Return a copy with some options changed, each of them checked.
 
         Args:
-            **arguments: Values by option; None takes the object's own.
+            update: The options to change, by name.
+            deep: Ignored: values are always shared, because none is ever changed in place.
 
         Raises:
-            InvalidInputError: An argument is wrong, or options contradict each other.
+            InvalidInputError: An option is unknown or has a wrong value.
         """
-        settings = copy(self)
-        changes = {name: value for name, value in arguments.items() if value is not None}
-        for name in ("default_headers", "extra_body"):
-            # A dict can be changed in place, past every check, and while the call is under way.
-            if (value := getattr(self, name)) is not None:
-                changes.setdefault(name, value)
-        problem = _assign(settings, changes)
-        if problem is None:
-            return settings
-        raise InvalidInputError(
-            "; ".join(f"{'.'.join(map(str, line['loc']))}: {line['msg']}" for line in problem.errors())
-        )
+        copy = super().model_copy()
+        for name, value in (update or {}).items():
+            setattr(copy, name, value)
+        return copy
 
-    def endpoint(self) -> Endpoint:
-        """Return where requests go.
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Share the values: a connection or cache cannot be copied, and no other value is ever changed in place."""
+        return self.model_copy()
 
-        Raises:
-            InvalidInputError: The environment's `REGOLO_BASE_URL` is no URL, or an option does not go with it.
-        """
-        name, base_url = "base_url", self.base_url
-        if base_url is None:
-            name, base_url = BASE_URL_VARIABLE, os.environ.get(BASE_URL_VARIABLE, "").strip()
-        try:
-            endpoint = read_base_url(base_url or DEFAULT_BASE_URL)
-        except ValueError as error:
-            problem = f"{name}: {error}"
+
+def _rebuild(cls: type[Options], explicit: dict[str, Any]) -> Options:
+    return cls(**explicit)
+
+
+_HINTS: Final = {
+    "k": "did you mean top_n?",
+    "top_k": "did you mean top_n?",
+    "model_name": "did you mean model?",
+    "model_id": "did you mean model?",
+    "api_base": "did you mean base_url?",
+    "endpoint": "did you mean base_url?",
+    "url": "did you mean base_url?",
+    "similarity_cutoff": "did you mean score_threshold?",
+    "threshold": "did you mean score_threshold?",
+    "request_timeout": "did you mean timeout?",
+    "retries": "did you mean max_retries?",
+    "max_retry_seconds": "did you mean total_timeout?",
+    "max_length": "did you mean max_document_chars? It counts characters, not tokens",
+    "max_tokens_per_doc": "did you mean max_document_chars? It counts characters, not tokens",
+    "truncation": "did you mean max_document_chars? It counts characters, not tokens",
+    "truncate": "did you mean max_document_chars? It counts characters, not tokens",
+    "client": "did you mean http_client?",
+    "device": "the model runs on the server; leave it out",
+    "use_fp16": "the model runs on the server; leave it out",
+    "llm": "the server runs the model; pass its name as model",
+}
+"""Options of other rerankers, and what to use instead."""
+
+_MAY_HOLD_A_SECRET: Final = {"api_key", "regolo_api_key", "base_url", "default_headers", "extra_body"}
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> InvalidInputError:
+    """Return pydantic's error as one of ours: each option with its problem and, if it cannot be a key, its value."""
+    problems = []
+    for line in error.errors(include_url=False, include_context=False):
+        name, value = str(line["loc"][0]) if line["loc"] else "", line["input"]
+        problem = line["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(line["loc"]) == 1:
+            problems.append(f"{name}: {_describe_unknown(cls, name)}")
+        elif name in _MAY_HOLD_A_SECRET:
+            problems.append(f"{name}: {problem}")
         else:
-            if endpoint.embedded and (self.http_client or self.async_http_client):
-                problem = "http_client: not with base_url='local://', which sends nothing; leave one of them out"
-            elif self.scorer and not endpoint.embedded:
-                problem = f"scorer: only for base_url='local://', not for {endpoint.url.host}; leave one of them out"
-            else:
-                return endpoint
-        raise InvalidInputError(problem)
-
-    def fields_for(self, endpoint: Endpoint, prompt_format: PromptFormat) -> dict[str, Any]:
-        """Return the fields of a request to an endpoint besides those that the API names.
-
-        Args:
-            endpoint: Where requests go.
-            prompt_format: How their strings are written.
-        """
-        # Regolo documents this one; other servers may refuse it, and what they reply is checked in any case.
-        refusal = {"disable_fallbacks": True} if endpoint.is_regolo and not self.allow_substitutes else {}
-        return refusal | prompt_format.format_fields(self.instruction) | (self.extra_body or {})
-
-    def key_for(self, endpoint: Endpoint) -> SecretStr | None:
-        """Return the API key to send to an endpoint, or None to send none.
-
-        Args:
-            endpoint: Where requests go.
-
-        Raises:
-            MissingAPIKeyError: The endpoint demands a key, and there is none.
-            InvalidInputError: The environment's key is malformed, or the key would travel in the clear.
-        """
-        if endpoint.embedded:
-            return None
-        key = self.api_key if isinstance(self.api_key, SecretStr) else read_environment_key()
-        if not key.get_secret_value():
-            if endpoint.is_regolo:
-                raise MissingAPIKeyError(
-                    f"no API key for {endpoint.url.host}: set the environment variable {API_KEY_VARIABLE} or pass "
-                    f"api_key; to try without one, base_url='local://' scores on this machine"
-                )
-            return None
-        if endpoint.url.scheme == "http" and not endpoint.loopback and not self.allow_http:
-            raise InvalidInputError(
-                f"base_url: the API key would go to {endpoint.url.host} over plain http, for everyone on the way to "
-                f"read; use https, pass api_key='' to send none, or allow_http=True"
-            )
-        return key
-
-    def format_for(self, endpoint: Endpoint) -> PromptFormat:
-        """Return the prompt format to use with an endpoint.
-
-        Args:
-            endpoint: Where requests go.
-        """
-        if isinstance(self.prompt_format, PromptFormat):
-            return self.prompt_format
-        if self.prompt_format == "auto":
-            return preset_for(self.model, embedded=endpoint.embedded)
-        return PRESETS[self.prompt_format]
+            if name == "top_n" and line["type"] == "greater_than_equal":
+                problem += " (None keeps all)"
+            problems.append(f"{name}: {problem}, got {_show(value)}" if name else problem)
+    return InvalidInputError("; ".join(dict.fromkeys(problems)))
 
 
-def _rebuild(cls: type[Options], fields: dict[str, Any]) -> Options:
-    return cls(**fields)
+def _show(value: object) -> str:
+    """Return a short value as it is, and the type of anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value) if len(str(value)) <= 60 else f"{type(value).__name__} of {len(str(value))} characters"
+    package = type(value).__module__.partition(".")[0]
+    return type(value).__name__ if package == "builtins" else f"{package}.{type(value).__name__}"
 
 
-def _assign(options: Options, values: Mapping[str, Any]) -> ValidationError | None:
-    """Set options, each of them checked; return what was wrong, without the frames that hold the values."""
+def _describe_unknown(cls: type[BaseModel], name: str) -> str:
+    if name.endswith("api_key"):
+        return "unknown option; did you mean api_key?"
+    close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
+    hint = _HINTS.get(name) or (f"did you mean {close[0]}?" if close else "")
+    return f"unknown option; {hint}" if hint else "unknown option"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one call works with, resolved once at its start.
+
+    Attributes:
+        options: A copy of the options, with the arguments of the call.
+        endpoint: The address of the server.
+        key: The API key to send; None sends none.
+        prompt_format: The format that `prompt_format` selects.
+        fields: Fields of each request besides model, query, documents and top_n.
+        timeout: Seconds per attempt; None if the caller's own client or only `total_timeout` limits it.
+    """
+
+    options: Options
+    endpoint: Endpoint
+    key: SecretStr | None
+    prompt_format: PromptFormat
+    fields: dict[str, Any]
+    timeout: float | None
+
+
+def resolve(options: Options, *, is_async: bool, **arguments: Any) -> Settings:
+    """Return the settings of one call.
+
+    Args:
+        options: The options of the client.
+        is_async: Which of the caller's own HTTP clients applies.
+        **arguments: Arguments of the call, by option; None leaves the option unchanged.
+
+    Raises:
+        InvalidInputError: An argument or an environment variable is wrong, or options contradict each other.
+        MissingAPIKeyError: The server requires a key, and there is none.
+    """
+    options = options.model_copy(update={name: value for name, value in arguments.items() if value is not None})
+    endpoint = _find_endpoint(options)
+    if endpoint.is_local and (options.http_client or options.async_http_client):
+        raise InvalidInputError("http_client: local:// sends nothing; remove http_client, or set another base_url")
+    if options.scorer and not endpoint.is_local:
+        raise InvalidInputError(f"scorer: needs base_url='local://', got {endpoint.host}; remove one of them")
+    if options.scorer and options.cache is not None:
+        raise InvalidInputError("cache: cannot tell the scores of two scorers apart; remove cache or scorer")
+    prompt_format = _find_format(options, endpoint)
+    # Regolo documents this field; other servers may reject it. Substitutes are rejected in any case.
+    fields = {"disable_fallbacks": True} if endpoint.is_regolo else {}
+    fields |= prompt_format.format_fields(options.instruction) | (options.extra_body or {})
+    if options.instruction != DEFAULT_INSTRUCTION and not prompt_format.uses_instruction:
+        warn(
+            "instruction has no effect: the prompt format has no place for it. Set prompt_format, such as 'tagged'",
+            RerankWarning,
+        )
+    own_client = options.async_http_client if is_async else options.http_client
+    has_own_timeout = own_client is not None and "timeout" not in options.model_fields_set
+    return Settings(
+        options=options,
+        endpoint=endpoint,
+        key=_find_key(options, endpoint),
+        prompt_format=prompt_format,
+        fields=fields,
+        timeout=None if has_own_timeout or endpoint.is_local else options.timeout,
+    )
+
+
+def _find_endpoint(options: Options) -> Endpoint:
+    if options.base_url is not None:
+        return parse_base_url(options.base_url)
+    base_url = os.environ.get(BASE_URL_VARIABLE, "").strip()
     try:
-        for name, value in values.items():
-            setattr(options, name, value)
-    except ValidationError as error:
-        return error.with_traceback(None)
-    return None
+        return parse_base_url(base_url or DEFAULT_BASE_URL)
+    except ValueError as error:
+        raise InvalidInputError(f"{BASE_URL_VARIABLE}: {error}") from None
+
+
+def _find_format(options: Options, endpoint: Endpoint) -> PromptFormat:
+    if isinstance(options.prompt_format, PromptFormat):
+        return options.prompt_format
+    if options.prompt_format != "auto":
+        return PRESETS[options.prompt_format]
+    # The offline scorer compares words, so the words of an instruction would only disturb it.
+    return PRESETS["plain"] if endpoint.is_local else preset_for(options.model)
+
+
+def _find_key(options: Options, endpoint: Endpoint) -> SecretStr | None:
+    if endpoint.is_local:
+        return None
+    key = options.api_key
+    if key is None:
+        try:
+            key = _check_key(os.environ.get(API_KEY_VARIABLE, ""))
+        except ValueError as error:
+            raise InvalidInputError(f"{API_KEY_VARIABLE}: {error}") from None
+    assert isinstance(key, SecretStr)  # noqa: S101 - the field's type only admits what may be assigned
+    if not key.get_secret_value():
+        if endpoint.is_regolo:
+            raise MissingAPIKeyError(
+                f"no API key for {endpoint.host}: set the environment variable {API_KEY_VARIABLE} or pass api_key. "
+                f"To try the package without a key, set base_url='local://'"
+            )
+        return None
+    if not endpoint.is_https and not endpoint.is_loopback and not options.allow_http:
+        raise InvalidInputError(
+            f"base_url: would send the API key to {endpoint.host} over plain http, readable by everyone in between. "
+            f"Use https, set api_key='' to send no key, or set allow_http=True"
+        )
+    return key

@@ -1,8 +1,8 @@
-"""What a request says for an instruction, a query and a document: two strings, and for some servers a field.
+r"""Prompt formats: how an instruction, a query and a document become the strings of a request.
 
-A reranker is a language model that judges a prompt, and a prompt in another form than the one it was trained on scores
-lower. The presets come from Regolo's API examples, from the Qwen3-Reranker model card, and from vLLM, which puts the
-model's prompt together by itself where it was started with `--chat-template`.
+A reranker such as Qwen3-Reranker is a language model that judges a prompt, and it scores lower if the prompt differs
+from its training. The presets come from Regolo's API examples, the Qwen3-Reranker model card, and vLLM, which builds
+the model's prompt itself if it was started with `--chat-template`.
 """
 
 import re
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 __all__ = ["API_FIELDS", "DEFAULT_INSTRUCTION", "PRESETS", "PromptFormat", "preset_for"]
 
 API_FIELDS: Final = frozenset({"model", "query", "documents", "top_n"})
-"""What a request of the API holds; no other field may have such a name."""
+"""Fields of a request that the client sets itself."""
 
 DEFAULT_INSTRUCTION: Final = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -24,20 +24,20 @@ _PLACEHOLDER = re.compile(r"\{(instruction|query|document)\}")
 class PromptFormat(BaseModel):
     r"""Templates for the query string and the document string of a request.
 
-    `{instruction}` and `{query}` are filled into `query`, `{document}` into `document`. What is filled in is data:
-    braces in it mean nothing, and special tokens in it are made harmless (`<|im_end|>` is sent as `< |im_end|>`), so
-    that no document can forge the model's answer. All other braces in a template stand for themselves.
+    `{instruction}` and `{query}` are filled into `query`, `{document}` into `document`. Filled-in text is data: braces
+    in it have no meaning, and special tokens in it are escaped (`<|im_end|>` is sent as `< |im_end|>`), so that a
+    document cannot forge the model's answer. All other braces in a template are literal.
 
     Attributes:
-        query: Template of the query string; holds `{query}` once and may hold `{instruction}`.
-        document: Template of the document string; holds `{document}` once.
-        instruction_field: Name of the field of the request that holds the instruction, for servers that put it into
-            the prompt: `instruction` in vLLM. None where the query string holds it, or nothing does.
-        escape: Whether special tokens in the filled-in text are made harmless. The preset `plain` does not.
+        query: Template of the query string. Contains `{query}` once and may contain `{instruction}`.
+        document: Template of the document string. Contains `{document}` once.
+        instruction_field: Name of the request field for the instruction, for servers that put it into the prompt
+            themselves: `instruction` in vLLM. None if the query template contains it, or nothing uses it.
+        escape: Whether special tokens in filled-in text are escaped. True except in the preset `plain`.
 
     Raises:
-        pydantic.ValidationError: A template lacks its placeholder, or holds the other's, or the instruction would be
-            sent twice or in the place of something else.
+        pydantic.ValidationError: A placeholder is missing or in the wrong template, or the instruction would be sent
+            twice.
 
     Examples:
         >>> short = PromptFormat(query="Q: {query}", document="D: {document}")
@@ -60,26 +60,27 @@ class PromptFormat(BaseModel):
         ):
             found = _PLACEHOLDER.findall(template)
             if found.count(needed) != 1 or not set(found) <= allowed:
+                names = " or ".join(f"{{{name}}}" for name in sorted(allowed))
                 raise ValueError(
-                    f"the {needed} template must hold {{{needed}}} exactly once, and no placeholder but "
-                    f"{', '.join(f'{{{name}}}' for name in sorted(allowed))}"
+                    f"the {needed} template must contain {{{needed}}} exactly once, and no placeholder except {names}"
                 )
         if self.instruction_field is not None:
             if "{instruction}" in self.query:
-                raise ValueError(
-                    "the instruction goes into the query template or into instruction_field, not into both"
-                )
+                raise ValueError("the instruction belongs in the query template or in instruction_field, not in both")
             if not self.instruction_field.strip() or self.instruction_field in API_FIELDS:
-                raise ValueError(
-                    f"instruction_field must name a field of its own, which {', '.join(sorted(API_FIELDS))} are not"
-                )
+                raise ValueError(f"instruction_field must be a field name other than {', '.join(sorted(API_FIELDS))}")
         return self
 
+    @property
+    def uses_instruction(self) -> bool:
+        """Whether an instruction reaches the server."""
+        return self.instruction_field is not None or "{instruction}" in self.query
+
     def format_fields(self, instruction: str) -> dict[str, str]:
-        """Return the fields of a request besides query and documents.
+        """Return the request fields besides query and documents.
 
         Args:
-            instruction: The task in a sentence.
+            instruction: The task in one sentence.
         """
         return {} if self.instruction_field is None else {self.instruction_field: self._fill("", instruction)}
 
@@ -88,12 +89,12 @@ class PromptFormat(BaseModel):
 
         Args:
             query: The query.
-            instruction: The task in a sentence; left out where the template has no place for it.
+            instruction: The task in one sentence. Ignored if the template does not contain `{instruction}`.
         """
         values = {"query": query, "instruction": instruction}
         parts = _PLACEHOLDER.split(self.query)  # text, name, text, name, text
-        for place in range(1, len(parts), 2):
-            parts[place] = self._fill(parts[place - 1], values[parts[place]])
+        for position in range(1, len(parts), 2):
+            parts[position] = self._fill(parts[position - 1], values[parts[position]])
         return "".join(parts)
 
     def format_document(self, document: str) -> str:
@@ -105,29 +106,24 @@ class PromptFormat(BaseModel):
         return self.format_documents([document])[0]
 
     def format_documents(self, documents: Iterable[str]) -> list[str]:
-        """Return the document strings of a request.
+        """Return the document strings of a request, in the same order.
 
         Args:
-            documents: N texts.
-
-        Returns:
-            N strings, in the same order.
+            documents: The documents' texts.
         """
         before, _, after = self.document.partition("{document}")
-        if not self.escape:
-            return [f"{before}{text}{after}" for text in documents]
-        seam = before or self.query
-        seam_opens = seam.endswith("<")
-        return [f"{before}{self._fill(seam, text) if seam_opens or '<' in text else text}{after}" for text in documents]
+        # Some servers append the document string to the query string, so the text before it may be the query's.
+        preceding = before or self.query
+        return [f"{before}{self._fill(preceding, text)}{after}" for text in documents]
 
-    def _fill(self, before: str, text: str) -> str:
+    def _fill(self, preceding: str, text: str) -> str:
+        """Escape special tokens in text, and prevent new ones where it touches its neighbours."""
         if not self.escape:
             return text
         text = text.replace("<|", "< |")
-        # A token must not come together at the seams either: the server may put document right behind query.
         if text.endswith("<"):
             text += " "
-        return f" {text}" if text.startswith("|") and before.endswith("<") else text
+        return f" {text}" if text.startswith("|") and preceding.endswith("<") else text
 
 
 PRESETS: Final[dict[str, PromptFormat]] = {
@@ -154,12 +150,11 @@ PRESETS: Final[dict[str, PromptFormat]] = {
 }
 
 
-def preset_for(model: str, *, embedded: bool) -> PromptFormat:
-    """Return the format that `prompt_format="auto"` stands for.
+def preset_for(model: str) -> PromptFormat:
+    """Return the format that `prompt_format="auto"` selects for a model.
 
     Args:
-        model: The model's name, with or without an organisation in front (`Qwen/Qwen3-Reranker-4B`).
-        embedded: Whether the embedded endpoint answers; its scorer would read the instruction's words.
+        model: Name of the model in any case, with or without an organisation (`Qwen/Qwen3-Reranker-4B`).
     """
-    tagged = model.rpartition("/")[2].startswith("Qwen3-Reranker") and not embedded
-    return PRESETS["tagged" if tagged else "plain"]
+    is_qwen = model.rpartition("/")[2].lower().startswith("qwen3-reranker")
+    return PRESETS["tagged" if is_qwen else "plain"]

@@ -1,46 +1,51 @@
-"""What a call gives: a ranking, its results and what they took."""
+"""Results of a call: a ranking, its documents and the usage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, overload
+from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 __all__ = ["RerankResponse", "RerankResult", "Usage"]
 
+T = TypeVar("T")
+
 
 @dataclass(slots=True)
-class RerankResult:
+class RerankResult(Generic[T]):
     """One document of a ranking.
 
     Attributes:
-        index: The document's place in the caller's list, from 0.
-        relevance_score: How relevant it is; higher is better. Qwen3-Reranker gives a probability, 0 to 1.
-        document: The caller's own string.
+        index: The document's position in the caller's list, from 0.
+        relevance_score: Relevance to the query, higher is better. Qwen3-Reranker returns a probability, 0 to 1.
+        document: The caller's own object.
+        passage: With `long_documents="split"`, the best passage of a split document as `(start, end)`, character
+            positions in its text. None for a document that was scored whole.
     """
 
     index: int
     relevance_score: float
-    document: str
+    document: T
+    passage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        from regolo_rerank._display.tables import text
+        from regolo_rerank._display import text
 
         return text([self], ranked=False)
 
     def _repr_html_(self) -> str:
-        from regolo_rerank._display.tables import html
+        from regolo_rerank._display import html
 
         return html([self], ranked=False)
 
 
 @dataclass(slots=True)
 class Usage:
-    """What a call took.
+    """Usage of one call, added up over its requests.
 
     Attributes:
-        total_tokens: Tokens as the service counted them, added up over the replies that tell; None where none does.
-        requests: HTTP requests sent, retries included: each spends one of the account's rate limit.
-        cost: US dollars as the service counts them (header `x-litellm-response-cost`), added up over the replies that
-            tell; None where none does. A gateway that knows no price for the model says 0.0.
+        total_tokens: Tokens as counted by the server; None if it does not report them, or reports 0.
+        requests: HTTP requests sent, retries included. Each counts against the rate limit of the API key.
+        cost: Cost as counted by the gateway (header `x-litellm-response-cost`), without a currency. None if it does
+            not report one, or reports 0, as it does for models without a price.
     """
 
     total_tokens: int | None = None
@@ -49,46 +54,46 @@ class Usage:
 
 
 @dataclass(slots=True)
-class RerankResponse:
-    """A ranking, the best document first; its length, items and slices are those of `results`.
+class RerankResponse(Generic[T]):
+    """A ranking, best document first. Its length, items and slices are those of `results`.
 
     Attributes:
-        id: The service's name for the first reply; None where nothing was sent.
-        model: The model that has answered, as far as the server says it; None where it does not, or nothing was sent.
-        results: The documents that were kept, by falling score, equal scores in input order.
-        meta: The `meta` of the first reply, as it came.
-        usage: Tokens, requests and cost, added up over all requests of the call.
-        request_ids: The gateway's name for each request that has one (header `x-litellm-call-id`), for support.
+        id: The server's id of the first reply; None if nothing was sent.
+        model: The model that produced the scores; None if the server did not report it.
+        results: The documents that were kept, by falling score. Documents with equal scores keep their input order.
+        usage: Tokens, requests and cost of all requests of the call.
+        request_ids: The gateway's id of each request that has one (header `x-litellm-call-id`), for support.
+        meta: The `meta` field of the first reply, unchanged.
     """
 
     id: str | None = None
-    results: list[RerankResult] = field(default_factory=list)
-    meta: Any = None
+    model: str | None = None
+    results: list[RerankResult[T]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     request_ids: list[str] = field(default_factory=list)
-    model: str | None = None
+    meta: Any = None
 
     def __len__(self) -> int:
         return len(self.results)
 
-    def __iter__(self) -> Iterator[RerankResult]:
+    def __iter__(self) -> Iterator[RerankResult[T]]:
         return iter(self.results)
 
     @overload
-    def __getitem__(self, place: SupportsIndex) -> RerankResult: ...
+    def __getitem__(self, position: SupportsIndex) -> RerankResult[T]: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[RerankResult]: ...
+    def __getitem__(self, position: slice) -> list[RerankResult[T]]: ...
 
-    def __getitem__(self, place: SupportsIndex | slice) -> RerankResult | list[RerankResult]:
-        return self.results[place]
+    def __getitem__(self, position: SupportsIndex | slice) -> RerankResult[T] | list[RerankResult[T]]:
+        return self.results[position]
 
     def __str__(self) -> str:
-        from regolo_rerank._display.tables import text
+        from regolo_rerank._display import text
 
         return text(self.results)
 
     def _repr_html_(self) -> str:
-        from regolo_rerank._display.tables import html
+        from regolo_rerank._display import html
 
         return html(self.results)

@@ -1,1 +1,0 @@
-"""What the adapters for frameworks share."""

@@ -1,0 +1,331 @@
+"""One call, without I/O: from a query and texts to batches, and from the replies to one ranking.
+
+Blank documents are not sent and rank last. Equal texts are sent once. With `long_documents="split"`, a long document
+stands for several passages and takes the best of their scores. The distinct texts go out in even batches. A score does
+not depend on the other documents of its request, so the replies merge into exactly the ranking of a single request.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from operator import attrgetter
+from typing import Any, Final
+
+from regolo_rerank._http import Reply
+from regolo_rerank._passages import split_passages
+from regolo_rerank._protocol import Ranking, encode, read_reply, request_id_of
+from regolo_rerank.cache import QueryCache
+from regolo_rerank.errors import (
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    ContextLengthError,
+    InvalidInputError,
+    RegoloError,
+    RerankWarning,
+    warn,
+)
+from regolo_rerank.options import Settings
+from regolo_rerank.results import RerankResponse, RerankResult, Usage
+
+__all__ = ["Batch", "Call"]
+
+_MAX_BYTES_PER_CHARACTER: Final = 6
+"""In JSON: a control character is written as `\\u0000`."""
+_EQUAL_SCORES: Final = 10
+"""So many distinct documents with one and the same score mean a wrongly configured server."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The texts of one request, as positions in the distinct texts of its call."""
+
+    texts: Sequence[int]
+
+
+class Call:
+    """One query and its texts. Workers call `accept` and `fail`; the caller waits until `is_done`.
+
+    Args:
+        settings: The settings of the call.
+        query: The query, not blank.
+        documents: The caller's N objects.
+        texts: Their texts.
+        cache: The scores that are known for the query, if there is a cache.
+
+    Attributes:
+        index: The position of the pair in `rerank_many`; None in other calls.
+        batches: The requests to send; empty if every score is known.
+        deadline: Monotonic time when `total_timeout` expires; None before the first request, or without a limit.
+
+    Raises:
+        InvalidInputError: The query alone is larger than `max_request_bytes`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        query: str,
+        documents: Sequence[Any],
+        texts: Sequence[str],
+        cache: QueryCache | None = None,
+    ) -> None:
+        self.settings = settings
+        self.index: int | None = None
+        self.deadline: float | None = None
+        self._failure: BaseException | None = None
+        self._query = query
+        self._query_string = settings.prompt_format.format_query(query, settings.options.instruction)
+        self._documents = documents
+        self._document_texts = texts
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+        positions: dict[str, int] = {}
+        # Of each document, the positions of its texts in `_texts`: one as a rule, none if blank, several if split.
+        self._positions: list[list[int]] = []
+        limit = settings.options.max_document_chars
+        for index, text in enumerate(texts):
+            pieces = [text] if limit is None or len(text) <= limit else self._shorten(index, text, limit)
+            self._positions.append([])
+            for piece in pieces:
+                if piece and not piece.isspace():
+                    self._positions[index].append(positions.setdefault(piece, len(positions)))
+        self._texts = list(positions)
+        self._scores: dict[int, float] = {}
+        self._rankings: dict[Batch, Ranking] = {}
+        self._requests = 0
+        self._cache = cache
+        if cache is not None:
+            self._scores = {positions[text]: score for text, score in cache.read(self._texts).items()}
+        to_send = [position for position in range(len(self._texts)) if position not in self._scores]
+        self.batches = [Batch(positions) for positions in self._make_batches(to_send)] if to_send else []
+
+    def _shorten(self, index: int, text: str, limit: int) -> list[str]:
+        """Return what is scored for a long document: its beginning, or its passages."""
+        if self.settings.options.long_documents == "cut":
+            return [text[:limit]]
+        spans = [(start, end) for start, end in split_passages(text, limit) if not text[start:end].isspace()]
+        self._spans[index] = spans
+        return [text[start:end] for start, end in spans]
+
+    def _make_batches(self, to_send: list[int]) -> Iterator[Sequence[int]]:
+        """Yield even batches within the limits of documents and bytes per request."""
+        options, prompt_format = self.settings.options, self.settings.prompt_format
+        budget = options.max_request_bytes - len(self._encode([], options.batch_size))
+        if budget <= 0:
+            raise InvalidInputError(
+                f"query: with instruction and extra_body it is larger than max_request_bytes="
+                f"{options.max_request_bytes}; shorten it, or raise the limit"
+            )
+        longest = max(map(len, self._texts)) + len(prompt_format.document)
+        most = min(options.batch_size, len(to_send))
+        if most * (longest * _MAX_BYTES_PER_CHARACTER + len('"",')) <= budget:
+            sizes = [0] * len(to_send)  # so far below the limit that there is no need to encode each text
+        else:
+            documents = prompt_format.format_documents(self._texts[position] for position in to_send)
+            sizes = [len(encode(document)) + len(",") for document in documents]
+        for part in _split_by_size(sizes, options.batch_size, budget):
+            yield to_send[part.start : part.stop]
+
+    def encode(self, batch: Batch) -> bytes:
+        """Return the JSON of a batch's request, and count the request."""
+        self._requests += 1
+        documents = self.settings.prompt_format.format_documents(self._texts[position] for position in batch.texts)
+        return self._encode(documents, self._wanted(batch))
+
+    def _encode(self, documents: list[str], top_n: int) -> bytes:
+        body = {
+            "model": self.settings.options.model,
+            "query": self._query_string,
+            "documents": documents,
+            "top_n": top_n,
+        }
+        return encode(self.settings.fields | body)
+
+    def _wanted(self, batch: Batch) -> int:
+        """Return the `top_n` of a batch: all scores if a cache keeps them, or if documents are made of passages."""
+        top_n = self.settings.options.top_n
+        if top_n is None or self._cache is not None or self._spans:
+            return len(batch.texts)
+        return min(top_n, len(batch.texts))
+
+    def start(self) -> None:
+        """Start the clock of `total_timeout`, unless it is running."""
+        limit = self.settings.options.total_timeout
+        if self.deadline is None and limit is not None:
+            self.deadline = time.monotonic() + limit
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until `total_timeout` expires; None without a limit."""
+        if self.deadline is None:
+            return self.settings.options.total_timeout
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all batches were accepted, or one has failed."""
+        return self._failure is not None or len(self._rankings) == len(self.batches)
+
+    def accept(self, batch: Batch, reply: Reply) -> None:
+        """Check a reply and keep its scores.
+
+        Raises:
+            APIStatusError: The status is not 2xx; the message says which option helps, if one does.
+            APIResponseError: The reply is not a valid ranking of the batch.
+        """
+        try:
+            ranking = read_reply(reply, url=self.settings.endpoint.url, model=self.settings.options.model)
+        except APIStatusError as error:
+            error.args = (f"{error}{self._advise(error, batch)}",)
+            raise
+        if problem := self._find_problem(batch, ranking):
+            raise APIResponseError(
+                f"invalid reply: {problem}", request_id=request_id_of(reply), body=reply.text[:2_000]
+            )
+        self._scores.update((batch.texts[score.position], score.value) for score in ranking.scores)
+        self._rankings[batch] = ranking
+
+    def _find_problem(self, batch: Batch, ranking: Ranking) -> str | None:
+        """Return what is wrong with a ranking: every document that was asked for must be in it, once and as itself."""
+        count, wanted = len(batch.texts), self._wanted(batch)
+        indices = [score.position for score in ranking.scores]
+        if unknown := next((index for index in indices if not 0 <= index < count), None):
+            return f"it contains index {unknown}, and the request has {count} documents"
+        if len(set(indices)) < len(indices):
+            return f"it contains index {next(index for index in indices if indices.count(index) > 1)} more than once"
+        if len(indices) < wanted:
+            return f"it ranks {len(indices)} documents instead of {wanted}"
+        echoed = {score.position: score.echo for score in ranking.scores if score.echo is not None}
+        if echoed:
+            sent = self.settings.prompt_format.format_documents(self._texts[position] for position in batch.texts)
+            index_of = {text: index for index, text in enumerate(sent)}
+            for index, echo in echoed.items():
+                # An echo may differ from what was sent, for example without the tags. It must not be another document.
+                if index_of.get(echo, index) != index:
+                    return f"document {index} comes back with the text of document {index_of[echo]}"
+        return None
+
+    def _advise(self, error: APIStatusError, batch: Batch) -> str:
+        """Return what helps against a limit of the server."""
+        if isinstance(error, ContextLengthError):
+            return f"; {self._describe_longest(batch)}"
+        if "maximum allowed batch size" in str(error):
+            return "; set batch_size to the server's limit"
+        return ""
+
+    def _describe_longest(self, batch: Batch) -> str:
+        """Return the longest text of a request, and the option that helps."""
+        options = self.settings.options
+        position = max(batch.texts, key=lambda position: len(self._texts[position]))
+        length = len(self._texts[position])
+        if self.settings.prompt_format.uses_instruction and len(options.instruction) > max(length, len(self._query)):
+            return f"the longest text is the instruction with {len(options.instruction)} characters: shorten it"
+        if len(self._query) > length:
+            return f"the longest text is the query with {len(self._query)} characters: shorten it"
+        index = next(index for index, positions in enumerate(self._positions) if position in positions)
+        return (
+            f"the longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
+            f"max_document_chars, and long_documents='split' to score all of it"
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with its first final error."""
+        if not self.is_done:
+            self._failure = error
+
+    def timeout_error(self) -> APITimeoutError:
+        """Return the error for a call that `total_timeout` has ended."""
+        limit = self.settings.options.total_timeout
+        return APITimeoutError(f"no ranking from {self.settings.endpoint.host} within total_timeout={limit:g} s")
+
+    def close(self) -> None:
+        """Keep the new scores in the cache, also those of a call that has failed."""
+        if self._cache is not None:
+            self._cache.write(
+                {
+                    self._texts[position]: self._scores[position]
+                    for batch in list(self._rankings)
+                    for position in batch.texts
+                }
+            )
+
+    def response(self) -> RerankResponse[Any]:
+        """Return the ranking of a call that is done, or raise the error that ended it."""
+        if self._failure is not None:
+            if isinstance(self._failure, RegoloError):
+                self._failure.index = self.index
+            raise self._failure
+        rankings = [self._rankings[batch] for batch in self.batches]
+        models = {ranking.model for ranking in rankings} - {None}
+        if len(models) > 1:
+            raise APIResponseError(
+                f"invalid replies: the requests were answered by {' and '.join(sorted(map(str, models)))}"
+            )
+        tokens = [ranking.total_tokens for ranking in rankings if ranking.total_tokens is not None]
+        costs = [ranking.cost for ranking in rankings if ranking.cost is not None]
+        return RerankResponse(
+            id=rankings[0].id if rankings else None,
+            model=next(iter(models), None),
+            results=self._results(),
+            usage=Usage(
+                total_tokens=sum(tokens) if tokens else None,
+                requests=self._requests,
+                cost=math.fsum(costs) if costs else None,
+            ),
+            request_ids=[ranking.request_id for ranking in rankings if ranking.request_id is not None],
+            meta=rankings[0].meta if rankings else None,
+        )
+
+    def _results(self) -> list[RerankResult[Any]]:
+        """Merge the scores: best first, ties in input order, blank documents last."""
+        options = self.settings.options
+        ranked, blank = [], []
+        for index, positions in enumerate(self._positions):
+            if not positions:
+                blank.append(index)
+            elif index in self._spans:
+                best = max(range(len(positions)), key=lambda piece: self._scores[positions[piece]])
+                score, span = self._scores[positions[best]], self._spans[index][best]
+                ranked.append(RerankResult(index, score, self._documents[index], span))
+            elif positions[0] in self._scores:  # with `top_n`, a server returns the best scores only
+                ranked.append(RerankResult(index, self._scores[positions[0]], self._documents[index]))
+        self._warn_about_equal_scores()
+        ranked.sort(key=attrgetter("relevance_score"), reverse=True)
+        if options.score_threshold is not None:
+            return [result for result in ranked[: options.top_n] if result.relevance_score >= options.score_threshold]
+        lowest = min(0.0, ranked[-1].relevance_score if ranked else 0.0)
+        ranked += [RerankResult(index, lowest, self._documents[index]) for index in blank]
+        return ranked[: options.top_n]
+
+    def _warn_about_equal_scores(self) -> None:
+        if len(self._scores) >= _EQUAL_SCORES and len(set(self._scores.values())) == 1:
+            warn(
+                f"all {len(self._scores)} documents have the same score, {next(iter(self._scores.values()))}. The "
+                f"server is probably not configured as a reranker, or needs another prompt_format; see "
+                f"'regolo-rerank check'",
+                RerankWarning,
+            )
+
+
+def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[range]:
+    """Split texts into as few ranges as the limits allow, of even length if that is possible.
+
+    Args:
+        sizes: The bytes of each text.
+        max_count: Maximum number of texts in a range.
+        max_bytes: Maximum bytes of a range; a single larger text is a range of its own.
+    """
+    ends = [0, *accumulate(sizes)]
+    full, start = [], 0
+    for stop in range(1, len(sizes) + 1):
+        # Close a range before the first text that does not fit.
+        if stop - start > max_count or (stop - start > 1 and ends[stop] - ends[start] > max_bytes):
+            full.append(range(start, stop - 1))
+            start = stop - 1
+    full.append(range(start, len(sizes)))
+    count = len(full)
+    bounds = [-(-len(sizes) * part // count) for part in range(count + 1)]
+    even = [range(start, stop) for start, stop in pairwise(bounds)]
+    fits = all(ends[part.stop] - ends[part.start] <= max_bytes for part in even)
+    return even if fits else full

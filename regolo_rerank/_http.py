@@ -1,0 +1,410 @@
+"""HTTP: the httpx clients behind a `RegoloClient`, and one POST within a time limit.
+
+httpx is loaded with the first request. A caller's own client may be of httpx, httpx2 or any library with their
+interface, so requests are built by the client's own `build_request`, and exceptions are recognised by their names.
+"""
+
+import asyncio
+import functools
+import os
+import ssl
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from urllib.request import getproxies
+
+from regolo_rerank._endpoint import Endpoint
+from regolo_rerank._redaction import redact
+from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloError
+from regolo_rerank.options import Settings
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Connections", "Reply"]
+
+MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
+REQUESTS_PER_CLIENT: Final = 4
+"""Concurrent requests of one httpx client. Its pool becomes slow with more (encode/httpcore#1035)."""
+KEEPALIVE_SECONDS: Final = 60.0
+REQUEST_ID_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+"""Headers with the id of a request, of LiteLLM and of vLLM."""
+_REQUEST_ID_PREFIX: Final = "regolo_rerank-"
+
+C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete reply, with the API key redacted.
+
+    Attributes:
+        status_code: The HTTP status.
+        headers: The headers, their names in lower case.
+        text: The body.
+        seconds: Seconds from the start of the request to the last byte.
+    """
+
+    status_code: int
+    headers: dict[str, str]
+    text: str
+    seconds: float
+
+
+class Connections:
+    """HTTP connections that a client shares with its copies, opened when needed, per process and event loop.
+
+    Requests are spread over several httpx clients. A client with a timeout or a lost connection gets no new requests,
+    so that a retry always opens a new connection: the others in its pool may be dead too, for example after a node
+    behind a load balancer has disappeared.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._pools: dict[Endpoint, _Pool[httpx.Client]] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
+        # Created at most once for each object, because it takes 20 ms; a new object sees a changed SSL_CERT_FILE.
+        self._tls_context = functools.cache(_create_tls_context)
+
+    def post(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
+        """Send a request, and return the reply or the error that came instead.
+
+        Args:
+            settings: The settings of the call.
+            body: The JSON of the request.
+            seconds: Time limit of each network operation, and of the whole body; None leaves it to the client.
+        """
+        if settings.options.http_client is not None:
+            return _post(settings.options.http_client, settings, body, seconds)
+        if self._pid != os.getpid():  # after a fork the connections are the parent's
+            self._pid, self._pools = os.getpid(), {}
+        pool = self._pools.get(settings.endpoint)
+        if pool is None:
+            open_client = functools.partial(_open_client, settings.endpoint, self._tls_context)
+            pool = self._pools.setdefault(settings.endpoint, _Pool(open_client))
+            weakref.finalize(self, pool.close)
+        try:
+            member = pool.take()
+        except _ENVIRONMENT_ERRORS as error:
+            return _describe_environment_error(error)
+        outcome: Reply | RegoloError | None = None
+        try:
+            outcome = _post(member.client, settings, body, seconds)
+            return outcome
+        finally:
+            if pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
+                member.client.close()
+
+    async def apost(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
+        """Send a request as `post` does; `seconds` limits the whole request."""
+        if settings.options.async_http_client is not None:
+            return await _apost(settings.options.async_http_client, settings, body, seconds)
+        pools = await self._loop_pools()
+        pool = pools.by_endpoint.get(settings.endpoint)
+        if pool is None:
+            open_client = functools.partial(_open_async_client, settings.endpoint, self._tls_context)
+            pool = pools.by_endpoint[settings.endpoint] = _Pool(open_client)
+        try:
+            member = pool.take()
+        except _ENVIRONMENT_ERRORS as error:
+            return _describe_environment_error(error)
+        outcome: Reply | RegoloError | None = None
+        try:
+            outcome = await _apost(member.client, settings, body, seconds)
+            return outcome
+        finally:
+            if pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
+                await member.client.aclose()
+
+    def close(self) -> None:
+        """Close the connections of sync calls; requests in progress finish first."""
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of sync calls, and of async calls in the running event loop."""
+        self.close()
+        if pools := self._loops.pop(asyncio.get_running_loop(), None):
+            await pools.guard.aclose()
+
+    async def _loop_pools(self) -> "_LoopPools":
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            for other in [other for other in self._loops if other.is_closed()]:
+                del self._loops[other]
+            by_endpoint: dict[Endpoint, _Pool[httpx.AsyncClient]] = {}
+            guard = _close_with_loop(by_endpoint)
+            await anext(guard)
+            self._loops[loop] = _LoopPools(by_endpoint, guard)
+        return self._loops[loop]
+
+
+@dataclass(frozen=True, slots=True)
+class _LoopPools:
+    """The httpx clients of one event loop, and the generator that closes them with the loop."""
+
+    by_endpoint: "dict[Endpoint, _Pool[httpx.AsyncClient]]"
+    guard: AsyncGenerator[None]
+
+
+async def _close_with_loop(by_endpoint: "dict[Endpoint, _Pool[httpx.AsyncClient]]") -> AsyncGenerator[None]:
+    """Wait to be closed, and then close the connections.
+
+    asyncio closes an async generator when its event loop shuts down and when it is garbage-collected. Both are the
+    moment to close connections, and nothing else tells us about them.
+    """
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # Python itself is shutting down, with a loop that was never closed
+            asyncio.get_running_loop()
+            for pool in by_endpoint.values():
+                for client in pool.retire():
+                    await client.aclose()
+
+
+@dataclass(slots=True, eq=False)
+class _Member(Generic[C]):
+    client: C
+    in_flight: int = 0
+    is_retired: bool = False
+
+
+class _Pool(Generic[C]):
+    """httpx clients for one endpoint, each with at most `REQUESTS_PER_CLIENT` requests in flight."""
+
+    def __init__(self, open_client: Callable[[], C]) -> None:
+        self._open_client = open_client
+        self._members: list[_Member[C]] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> _Member[C]:
+        """Return the least busy client, or a new one if all are busy; one more request is now in flight there."""
+        with self._lock:
+            member = min(self._members, key=lambda member: member.in_flight, default=None)
+            if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
+                member = _Member(self._open_client())
+                self._members.append(member)
+            member.in_flight += 1
+            return member
+
+    def give_back(self, member: _Member[C], *, is_broken: bool) -> bool:
+        """Count a request as finished, and return whether the caller must close the client."""
+        with self._lock:
+            member.in_flight -= 1
+            if is_broken and not member.is_retired:
+                member.is_retired = True
+                self._members.remove(member)
+            return member.is_retired and member.in_flight == 0
+
+    def retire(self) -> list[C]:
+        """Use none of the clients again, and return those that are idle, to be closed now."""
+        with self._lock:
+            members, self._members = self._members, []
+            for member in members:
+                member.is_retired = True
+            return [member.client for member in members if member.in_flight == 0]
+
+    def close(self: "_Pool[httpx.Client]") -> None:
+        """Close all clients, busy ones after their last request."""
+        for client in self.retire():
+            client.close()
+
+
+def _open_client(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> "httpx.Client":
+    import httpx
+
+    return httpx.Client(**_client_options(endpoint, tls_context))
+
+
+def _open_async_client(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> "httpx.AsyncClient":
+    import httpx
+
+    return httpx.AsyncClient(**_client_options(endpoint, tls_context))
+
+
+def _client_options(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> dict[str, Any]:
+    import httpx
+
+    if endpoint.is_local:
+        from regolo_rerank.local import LocalTransport
+
+        return {"transport": LocalTransport()}
+    needs_tls = endpoint.is_https or (getproxies() and not endpoint.is_loopback)
+    return {
+        "verify": tls_context() if needs_tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        "trust_env": not endpoint.is_loopback,  # which also keeps proxies away from this machine
+        "limits": httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+        # A cookie could carry something from one API key's requests into those of another.
+        "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+    }
+
+
+def _create_tls_context() -> ssl.SSLContext:
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def _post(client: "httpx.Client", settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
+    started = time.monotonic()
+    try:
+        request = _build_request(client, settings, body, seconds)
+        response = client.send(request, stream=True, auth=None, follow_redirects=False)
+        try:
+            reader = _ReplyReader(response, settings, started)
+            for chunk in response.iter_raw() if reader.is_streaming else ():
+                reader.add(chunk)
+                if seconds is not None and time.monotonic() - started > seconds:
+                    raise TimeoutError
+        finally:
+            response.close()
+        return reader.reply()
+    except RegoloError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001 - raised again unless it comes from the HTTP library
+        failure = _translate(error, settings, seconds)
+    # Outside of `except`, so that the exception of httpx, which refers to the request and its key, is not the context.
+    return failure
+
+
+async def _apost(
+    client: "httpx.AsyncClient", settings: Settings, body: bytes, seconds: float | None
+) -> Reply | RegoloError:
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(seconds):
+            request = _build_request(client, settings, body, seconds)
+            response = await client.send(request, stream=True, auth=None, follow_redirects=False)
+            try:
+                reader = _ReplyReader(response, settings, started)
+                if reader.is_streaming:
+                    async for chunk in response.aiter_raw():
+                        reader.add(chunk)
+            finally:
+                await response.aclose()
+            return reader.reply()
+    except RegoloError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001 - raised again unless it comes from the HTTP library
+        failure = _translate(error, settings, seconds)
+    return failure
+
+
+def _build_request(
+    client: "httpx.Client | httpx.AsyncClient", settings: Settings, body: bytes, seconds: float | None
+) -> "httpx.Request":
+    headers = {
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "content-type": "application/json",
+        "user-agent": settings.options.user_agent,
+        **dict.fromkeys(REQUEST_ID_HEADERS, f"{_REQUEST_ID_PREFIX}{uuid.uuid4().hex}"),
+        **(settings.options.default_headers or {}),
+    }
+    own: dict[str, Any] = {} if seconds is None else {"timeout": seconds}
+    if settings.options.scorer is not None:
+        own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
+    request = client.build_request("POST", settings.endpoint.url, content=body, headers=headers, **own)
+    if settings.key is not None:
+        request.headers["Authorization"] = f"Bearer {settings.key.get_secret_value()}"
+    return request
+
+
+class _ReplyReader:
+    """Collects the body of a response, up to `MAX_REPLY_BYTES`.
+
+    Raises:
+        APIResponseError: The body is compressed or too large, or belongs to another request.
+    """
+
+    def __init__(self, response: "httpx.Response", settings: Settings, started: float) -> None:
+        self._status_code = response.status_code
+        self._headers = {name.lower(): redact(value, settings.key) for name, value in response.headers.items()}
+        self._key = settings.key
+        self._started = started
+        self._body = bytearray()
+        # A mock or a hook of the caller's client may have read the body already.
+        self.is_streaming = not response.is_stream_consumed
+        if _belongs_to_another_request(response):
+            raise APIResponseError("invalid reply: it belongs to another request")
+        if not self.is_streaming:
+            self._body += response.content
+        elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
+            # An error is reported by its status; only a ranking would have to be read.
+            self.is_streaming = False
+            if 200 <= response.status_code < 300:
+                raise APIResponseError(
+                    f"invalid reply: it is compressed ({encoding}), although the request accepts identity only"
+                )
+
+    def add(self, chunk: bytes) -> None:
+        self._body += chunk
+        if len(self._body) > MAX_REPLY_BYTES:
+            raise APIResponseError(f"invalid reply: it is larger than {MAX_REPLY_BYTES} bytes")
+
+    def reply(self) -> Reply:
+        text = redact(self._body.decode("utf-8-sig", "replace"), self._key)
+        return Reply(self._status_code, self._headers, text, time.monotonic() - self._started)
+
+
+def _belongs_to_another_request(response: "httpx.Response") -> bool:
+    """Return whether a gateway's reply carries the id of another request of this package.
+
+    If a server sends two replies to one request, httpx takes the second for the next request's. Mocks and recordings
+    have no network stream and repeat ids, so they are not checked.
+    """
+    if "network_stream" not in response.extensions:
+        return False
+    return any(
+        response.headers.get(name, "").startswith(_REQUEST_ID_PREFIX)
+        and response.request.headers.get(name, "") not in response.headers[name]
+        for name in REQUEST_ID_HEADERS
+    )
+
+
+_HTTP_LIBRARIES: Final = {"aiohttp", "anyio", "h11", "h2", "httpcore", "httpcore2", "httpx", "httpx2", "ssl"}
+_PERMANENT: Final = {"InvalidURL", "LocalProtocolError", "StreamError", "UnsupportedProtocol"}
+
+
+def _translate(error: Exception, settings: Settings, seconds: float | None) -> RegoloError:
+    """Return our error for an exception of the HTTP client; raise it again if it comes from the caller's own code."""
+    names = {base.__name__ for base in type(error).__mro__}
+    host, words = settings.endpoint.host, redact(str(error), settings.key) or type(error).__name__
+    if "TimeoutException" in names or isinstance(error, TimeoutError):
+        limit = "the timeout of the http client" if seconds is None else f"{seconds:.3g} s"
+        return APITimeoutError(f"no complete reply from {host} within {limit}")
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
+        failure = APIConnectionError(f"no complete reply from {host}: {words}")
+        if "CERTIFICATE_VERIFY_FAILED" in words:
+            failure = APIConnectionError(
+                f"the certificate of {host} is not trusted: {words}. For a private certificate authority, set the "
+                f"environment variable SSL_CERT_FILE to its file"
+            )
+            failure.retryable = False
+        elif names & _PERMANENT:
+            failure.retryable = False
+        return failure
+    if isinstance(error, RuntimeError) and (settings.options.http_client or settings.options.async_http_client):
+        return InvalidInputError(
+            f"http_client: it cannot be used: {words} It must be open, and an async client must belong to the running "
+            f"event loop"
+        )
+    raise error
+
+
+_ENVIRONMENT_ERRORS: Final = (ImportError, OSError, ValueError)
+
+
+def _describe_environment_error(error: Exception) -> APIConnectionError:
+    """Return the error for a client that cannot be opened, because of proxies or certificates in the environment."""
+    failure = APIConnectionError(f"the proxies or certificates in the environment cannot be used: {error}")
+    failure.retryable = False
+    return failure

@@ -1,1 +1,0 @@
-"""The httpx clients and transports that carry requests."""

@@ -1,1 +1,0 @@
-"""Where requests go and what goes over the wire."""

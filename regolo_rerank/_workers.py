@@ -1,0 +1,299 @@
+"""The two drivers of calls: worker threads for sync calls, tasks for async ones.
+
+Both keep a queue of batches and at most `max_concurrency` workers, and each worker drives the retry loop of one batch
+after the other. They are written side by side and differ only in how they wait.
+
+Sync calls never send in the caller's thread. The caller waits for the workers and can stop waiting when `total_timeout`
+expires or at Ctrl-C, whatever a worker is doing: looking up a host name, reading a reply byte by byte. A worker that is
+left behind is a daemon thread, and ends with its request.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Final
+
+from regolo_rerank._call import Batch, Call
+from regolo_rerank._http import Connections, Reply
+from regolo_rerank._retries import Pause, Send, Sleep, attempts
+from regolo_rerank.errors import RegoloError
+
+__all__ = ["run", "run_async", "run_async_in_order", "run_in_order"]
+
+READ_AHEAD: Final = 4
+"""Calls in progress per worker of `rerank_many`, so that a slow call leaves no worker idle."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    call: Call
+    batch: Batch
+
+
+class _Queue:
+    """The batches to send, first come, first served, and the workers that are busy with one.
+
+    A worker whose call has ended does not count as busy: it may be stuck in a request that nobody waits for.
+    """
+
+    def __init__(self, max_workers: int) -> None:
+        self._max_workers = max_workers
+        self._waiting: deque[_Job] = deque()
+        self._running: set[_Job] = set()
+
+    def put(self, call: Call) -> None:
+        self._waiting.extend(_Job(call, batch) for batch in call.batches)
+
+    def take(self) -> _Job | None:
+        """Return the next batch, or None if there is none or all workers are busy."""
+        if sum(not job.call.is_done for job in self._running) >= self._max_workers:
+            return None
+        while self._waiting:
+            job = self._waiting.popleft()
+            if not job.call.is_done:
+                self._running.add(job)
+                return job
+        return None
+
+    def finish(self, job: _Job) -> None:
+        self._running.discard(job)
+
+
+class _Threads:
+    """Drives calls in daemon threads, in a copy of the caller's context."""
+
+    def __init__(self, max_workers: int, connections: Connections, pause: Pause) -> None:
+        self._queue = _Queue(max_workers)
+        self._connections = connections
+        self._pause = pause
+        self._changed = threading.Condition()
+
+    def submit(self, call: Call) -> None:
+        """Start to send the batches of a call."""
+        with self._changed:
+            self._queue.put(call)
+        self._start_workers()
+
+    def wait(self, call: Call) -> None:
+        """Wait until a call is done, at most until its `total_timeout` expires."""
+        while not call.is_done:
+            self._wait_until_done(call, call.seconds_left())
+            if call.seconds_left() == 0.0:
+                call.fail(call.timeout_error())
+                self._start_workers()  # its workers may be stuck, and others take their places
+
+    def take_first(self, pending: deque[Call | RegoloError]) -> Call | RegoloError:
+        """Wait for the first of some calls, and remove it."""
+        if isinstance(pending[0], Call):
+            self.wait(pending[0])
+        return pending.popleft()
+
+    def _wait_until_done(self, call: Call, seconds: float | None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: call.is_done, seconds)
+
+    def _start_workers(self) -> None:
+        while (job := self._take()) is not None:
+            thread = threading.Thread(
+                target=copy_context().run, args=(self._work, job), daemon=True, name="regolo_rerank"
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system allows no further thread, so the caller's does the work
+                self._work(job)
+
+    def _take(self) -> _Job | None:
+        with self._changed:
+            return self._queue.take()
+
+    def _work(self, job: _Job | None) -> None:
+        while job is not None:
+            try:
+                self._drive(job)
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                job.call.fail(error)
+            with self._changed:
+                self._queue.finish(job)
+                self._changed.notify_all()
+                job = self._queue.take()
+
+    def _drive(self, job: _Job) -> None:
+        steps = attempts(job.call, job.batch, self._pause)
+        with suppress(StopIteration):
+            step = next(steps)
+            while True:
+                step = steps.send(self._perform(step, job.call))
+
+    def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
+        if isinstance(step, Sleep):
+            self._wait_until_done(call, step.seconds)
+            return None
+        return self._connections.post(call.settings, step.body, step.seconds)
+
+
+class _Tasks:
+    """Drives calls in tasks of the running event loop."""
+
+    def __init__(self, max_workers: int, connections: Connections, pause: Pause) -> None:
+        self._queue = _Queue(max_workers)
+        self._connections = connections
+        self._pause = pause
+        self._changed = asyncio.Event()
+        self._workers: set[asyncio.Task[None]] = set()
+
+    def submit(self, call: Call) -> None:
+        """Start to send the batches of a call."""
+        self._queue.put(call)
+        self._start_workers()
+
+    async def wait(self, call: Call) -> None:
+        """Wait until a call is done, at most until its `total_timeout` expires."""
+        while not call.is_done:
+            await self._wait_until_done(call, call.seconds_left())
+            if call.seconds_left() == 0.0:
+                call.fail(call.timeout_error())
+                self._start_workers()
+
+    async def _wait_until_done(self, call: Call, seconds: float | None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not call.is_done:
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _start_workers(self) -> None:
+        while (job := self._queue.take()) is not None:
+            worker = asyncio.create_task(self._work(job))
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+
+    async def _work(self, job: _Job | None) -> None:
+        while job is not None:
+            try:
+                await self._drive(job)
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's task
+                job.call.fail(error)
+            finally:
+                self._queue.finish(job)
+                self._changed.set()
+            job = self._queue.take()
+
+    async def _drive(self, job: _Job) -> None:
+        steps = attempts(job.call, job.batch, self._pause)
+        with suppress(StopIteration):
+            step = next(steps)
+            while True:
+                step = steps.send(await self._perform(step, job.call))
+
+    async def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
+        if isinstance(step, Sleep):
+            await self._wait_until_done(call, step.seconds)
+            return None
+        return await self._connections.apost(call.settings, step.body, step.seconds)
+
+    async def stop(self) -> None:
+        """Cancel all workers, and wait until they have ended."""
+        workers = list(self._workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+def run(call: Call, connections: Connections, pause: Pause) -> None:
+    """Send the batches of one call, and wait until it is done."""
+    threads = _Threads(call.settings.options.max_concurrency, connections, pause)
+    threads.submit(call)
+    try:
+        threads.wait(call)
+    except BaseException as interrupt:
+        call.fail(interrupt)  # Ctrl-C: the workers send nothing more
+        raise
+
+
+async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
+    """Send the batches of one call, and wait until it is done."""
+    tasks = _Tasks(call.settings.options.max_concurrency, connections, pause)
+    tasks.submit(call)
+    try:
+        await tasks.wait(call)
+    finally:
+        await tasks.stop()
+
+
+def run_in_order(
+    calls: Iterator[Call | RegoloError], max_workers: int, connections: Connections, pause: Pause
+) -> Generator[Call | RegoloError]:
+    """Send the batches of many calls, and yield each call when it is done, in order. Errors are passed through.
+
+    An exception of the iterator is raised after the calls that were read before it.
+    """
+    threads = _Threads(max_workers, connections, pause)
+    pending: deque[Call | RegoloError] = deque()
+    interruption: Exception | None = None
+    try:
+        while True:
+            try:
+                call = next(calls)
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - raised below
+                interruption = error
+                break
+            pending.append(call)
+            if isinstance(call, Call):
+                threads.submit(call)
+            # Reading more keeps the workers busy, but a slow source must not hold back a finished call.
+            while pending and (len(pending) >= max_workers * READ_AHEAD or _is_done(pending[0])):
+                yield threads.take_first(pending)
+        while pending:
+            yield threads.take_first(pending)
+        if interruption is not None:
+            raise interruption
+    finally:
+        for call in pending:
+            if isinstance(call, Call):
+                call.fail(GeneratorExit())  # the workers send nothing more
+
+
+def _is_done(call: Call | RegoloError) -> bool:
+    return isinstance(call, RegoloError) or call.is_done
+
+
+async def run_async_in_order(
+    calls: AsyncIterator[Call | RegoloError], max_workers: int, connections: Connections, pause: Pause
+) -> AsyncGenerator[Call | RegoloError]:
+    """Send the batches of many calls, and yield each call when it is done, in order. Errors are passed through.
+
+    A task of its own reads the iterator, so that a slow source does not hold back a finished call.
+    """
+    tasks = _Tasks(max_workers, connections, pause)
+    pending: asyncio.Queue[Call | RegoloError | None] = asyncio.Queue()
+    room = asyncio.Semaphore(max_workers * READ_AHEAD)
+
+    async def read() -> None:
+        try:
+            await room.acquire()
+            async for call in calls:
+                if isinstance(call, Call):
+                    tasks.submit(call)
+                pending.put_nowait(call)
+                await room.acquire()
+        finally:
+            pending.put_nowait(None)
+
+    reader = asyncio.create_task(read())
+    try:
+        while (call := await pending.get()) is not None:
+            if isinstance(call, Call):
+                await tasks.wait(call)
+            room.release()
+            yield call
+        await reader
+    finally:
+        reader.cancel()
+        await tasks.stop()
+        await asyncio.gather(reader, return_exceptions=True)
