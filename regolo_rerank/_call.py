@@ -111,28 +111,29 @@ class Call:
 
     def _make_batches(self, to_send: list[int]) -> Iterator[Sequence[int]]:
         """Yield even batches within the limits of documents and bytes per request."""
-        options, prompt_format = self.settings.options, self.settings.prompt_format
+        options = self.settings.options
         budget = options.max_request_bytes - len(self._encode([], options.batch_size))
         if budget <= 0:
             raise InvalidInputError(
                 f"query: with instruction and extra_body it is larger than max_request_bytes="
                 f"{options.max_request_bytes}; shorten it, or raise the limit"
             )
-        longest = max(map(len, self._texts)) + len(prompt_format.document)
+        longest = max(map(len, self._texts)) + len(self.settings.prompt_format.document)
         most = min(options.batch_size, len(to_send))
         if most * (longest * _MAX_BYTES_PER_CHARACTER + len('"",')) <= budget:
-            sizes = [0] * len(to_send)  # so far below the limit that there is no need to encode each text
+            sizes = [0] * len(to_send)  # so far below the limit that nothing has to be measured
         else:
-            documents = prompt_format.format_documents(self._texts[position] for position in to_send)
-            sizes = [len(encode(document)) + len(",") for document in documents]
+            sizes = [len(encode(document)) + len(",") for document in self._document_strings(to_send)]
         for part in _split_by_size(sizes, options.batch_size, budget):
             yield to_send[part.start : part.stop]
 
     def encode(self, batch: Batch) -> bytes:
         """Return the JSON of a batch's request, and count the request."""
         self._requests += 1
-        documents = self.settings.prompt_format.format_documents(self._texts[position] for position in batch.texts)
-        return self._encode(documents, self._wanted(batch))
+        return self._encode(self._document_strings(batch.texts), self._wanted(batch))
+
+    def _document_strings(self, positions: Sequence[int]) -> list[str]:
+        return self.settings.prompt_format.format_documents([self._texts[position] for position in positions])
 
     def _encode(self, documents: list[str], top_n: int) -> bytes:
         body = {
@@ -196,14 +197,17 @@ class Call:
             return f"it contains index {next(index for index in indices if indices.count(index) > 1)} more than once"
         if len(indices) < wanted:
             return f"it ranks {len(indices)} documents instead of {wanted}"
-        echoed = {score.position: score.echo for score in ranking.scores if score.echo is not None}
-        if echoed:
-            sent = self.settings.prompt_format.format_documents(self._texts[position] for position in batch.texts)
-            index_of = {text: index for index, text in enumerate(sent)}
-            for index, echo in echoed.items():
-                # An echo may differ from what was sent, for example without the tags. It must not be another document.
-                if index_of.get(echo, index) != index:
-                    return f"document {index} comes back with the text of document {index_of[echo]}"
+        echoes = {score.position: score.echo for score in ranking.scores if score.echo is not None}
+        sent = self._document_strings([batch.texts[position] for position in echoes])
+        # An echo may differ from what was sent, for example without the tags. It must not be another document.
+        strange = [
+            (position, echo) for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text
+        ]
+        if strange:
+            position_of = {text: position for position, text in enumerate(self._document_strings(batch.texts))}
+            for position, echo in strange:
+                if position_of.get(echo, position) != position:
+                    return f"document {position} comes back with the text of document {position_of[echo]}"
         return None
 
     def _advise(self, error: APIStatusError, batch: Batch) -> str:

@@ -9,6 +9,7 @@ left behind is a daemon thread, and ends with its request.
 """
 
 import asyncio
+import functools
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
@@ -20,6 +21,7 @@ from typing import Final
 from regolo_rerank._call import Batch, Call
 from regolo_rerank._http import Connections, Reply
 from regolo_rerank._retries import Pause, Send, Sleep, attempts
+from regolo_rerank._threads import run_in_thread
 from regolo_rerank.errors import RegoloError
 
 __all__ = ["run", "run_async", "run_async_in_order", "run_in_order"]
@@ -98,13 +100,11 @@ class _Threads:
 
     def _start_workers(self) -> None:
         while (job := self._take()) is not None:
-            thread = threading.Thread(
-                target=copy_context().run, args=(self._work, job), daemon=True, name="regolo_rerank"
-            )
+            work = functools.partial(copy_context().run, self._work, job)
             try:
-                thread.start()
+                run_in_thread(work)
             except RuntimeError:  # the system allows no further thread, so the caller's does the work
-                self._work(job)
+                work()
 
     def _take(self) -> _Job | None:
         with self._changed:

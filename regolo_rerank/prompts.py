@@ -114,6 +114,8 @@ class PromptFormat(BaseModel):
         before, _, after = self.document.partition("{document}")
         # Some servers append the document string to the query string, so the text before it may be the query's.
         preceding = before or self.query
+        if not self.escape:
+            return [f"{before}{text}{after}" for text in documents]
         return [f"{before}{self._fill(preceding, text)}{after}" for text in documents]
 
     def _fill(self, preceding: str, text: str) -> str:
