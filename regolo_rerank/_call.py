@@ -80,17 +80,24 @@ class Call:
         self._query_string = settings.prompt_format.format_query(query, settings.options.instruction)
         self._documents = documents
         self._document_texts = texts
-        self._spans: dict[int, list[tuple[int, int]]] = {}
+        # The distinct texts, and for each document the position of its text among them. A blank document has none, and
+        # a split document has passages instead: positions with the place of the passage in the document.
         positions: dict[str, int] = {}
-        # Of each document, the positions of its texts in `_texts`: one as a rule, none if blank, several if split.
-        self._positions: list[list[int]] = []
+        self._position_of: list[int | None] = []
+        self._passages: dict[int, list[tuple[int, tuple[int, int]]]] = {}
         limit = settings.options.max_document_chars
         for index, text in enumerate(texts):
-            pieces = [text] if limit is None or len(text) <= limit else self._shorten(index, text, limit)
-            self._positions.append([])
-            for piece in pieces:
-                if piece and not piece.isspace():
-                    self._positions[index].append(positions.setdefault(piece, len(positions)))
+            scored = text
+            if limit is not None and len(text) > limit:
+                if settings.options.long_documents == "split":
+                    self._passages[index] = [
+                        (positions.setdefault(text[start:end], len(positions)), (start, end))
+                        for start, end in split_passages(text, limit)
+                        if not text[start:end].isspace()
+                    ]
+                scored = "" if index in self._passages else text[:limit]
+            is_blank = not scored or scored.isspace()
+            self._position_of.append(None if is_blank else positions.setdefault(scored, len(positions)))
         self._texts = list(positions)
         self._scores: dict[int, float] = {}
         self._rankings: dict[Batch, Ranking] = {}
@@ -100,14 +107,6 @@ class Call:
             self._scores = {positions[text]: score for text, score in cache.read(self._texts).items()}
         to_send = [position for position in range(len(self._texts)) if position not in self._scores]
         self.batches = [Batch(positions) for positions in self._make_batches(to_send)] if to_send else []
-
-    def _shorten(self, index: int, text: str, limit: int) -> list[str]:
-        """Return what is scored for a long document: its beginning, or its passages."""
-        if self.settings.options.long_documents == "cut":
-            return [text[:limit]]
-        spans = [(start, end) for start, end in split_passages(text, limit) if not text[start:end].isspace()]
-        self._spans[index] = spans
-        return [text[start:end] for start, end in spans]
 
     def _make_batches(self, to_send: list[int]) -> Iterator[Sequence[int]]:
         """Yield even batches within the limits of documents and bytes per request."""
@@ -147,7 +146,7 @@ class Call:
     def _wanted(self, batch: Batch) -> int:
         """Return the `top_n` of a batch: all scores if a cache keeps them, or if documents are made of passages."""
         top_n = self.settings.options.top_n
-        if top_n is None or self._cache is not None or self._spans:
+        if top_n is None or self._cache is not None or self._passages:
             return len(batch.texts)
         return min(top_n, len(batch.texts))
 
@@ -227,10 +226,16 @@ class Call:
             return f"the longest text is the instruction with {len(options.instruction)} characters: shorten it"
         if len(self._query) > length:
             return f"the longest text is the query with {len(self._query)} characters: shorten it"
-        index = next(index for index, positions in enumerate(self._positions) if position in positions)
+        index = self._position_of.index(position) if position in self._position_of else self._find_split(position)
         return (
             f"the longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
             f"max_document_chars, and long_documents='split' to score all of it"
+        )
+
+    def _find_split(self, position: int) -> int:
+        """Return the index of the document that a passage is from."""
+        return next(
+            index for index, passages in self._passages.items() if position in {passage[0] for passage in passages}
         )
 
     def fail(self, error: BaseException) -> None:
@@ -285,15 +290,14 @@ class Call:
         """Merge the scores: best first, ties in input order, blank documents last."""
         options = self.settings.options
         ranked, blank = [], []
-        for index, positions in enumerate(self._positions):
-            if not positions:
+        for index, position in enumerate(self._position_of):
+            if passages := self._passages.get(index):
+                best, span = max(passages, key=lambda passage: self._scores[passage[0]])
+                ranked.append(RerankResult(index, self._scores[best], self._documents[index], span))
+            elif position is None:
                 blank.append(index)
-            elif index in self._spans:
-                best = max(range(len(positions)), key=lambda piece: self._scores[positions[piece]])
-                score, span = self._scores[positions[best]], self._spans[index][best]
-                ranked.append(RerankResult(index, score, self._documents[index], span))
-            elif positions[0] in self._scores:  # with `top_n`, a server returns the best scores only
-                ranked.append(RerankResult(index, self._scores[positions[0]], self._documents[index]))
+            elif position in self._scores:  # with `top_n`, a server returns the best scores only
+                ranked.append(RerankResult(index, self._scores[position], self._documents[index]))
         self._warn_about_equal_scores()
         ranked.sort(key=attrgetter("relevance_score"), reverse=True)
         if options.score_threshold is not None:

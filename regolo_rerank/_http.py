@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Connections", "Reply"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
-REQUESTS_PER_CLIENT: Final = 4
-"""Concurrent requests of one httpx client. Its pool becomes slow with more (encode/httpcore#1035)."""
+REQUESTS_PER_CLIENT: Final = 2
+"""Concurrent requests of one httpx client. With more its pool becomes slow (encode/httpcore#1035)."""
 KEEPALIVE_SECONDS: Final = 60.0
 REQUEST_ID_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
 """Headers with the id of a request, of LiteLLM and of vLLM."""
@@ -78,7 +78,8 @@ class Connections:
         Args:
             settings: The settings of the call.
             body: The JSON of the request.
-            seconds: Time limit of each network operation, and of the whole body; None leaves it to the client.
+            seconds: Time limit of each network operation, and of the whole body. The caller's own client has its own
+                limits unless the option `timeout` is given.
         """
         if settings.options.http_client is not None:
             return _post(settings.options.http_client, settings, body, seconds)
@@ -309,7 +310,7 @@ def _build_request(
         **dict.fromkeys(REQUEST_ID_HEADERS, f"{_REQUEST_ID_PREFIX}{uuid.uuid4().hex}"),
         **(settings.options.default_headers or {}),
     }
-    own: dict[str, Any] = {} if seconds is None else {"timeout": seconds}
+    own: dict[str, Any] = {} if settings.timeout is None else {"timeout": seconds}
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
     request = client.build_request("POST", settings.endpoint.url, content=body, headers=headers, **own)
@@ -379,7 +380,7 @@ def _translate(error: Exception, settings: Settings, seconds: float | None) -> R
     names = {base.__name__ for base in type(error).__mro__}
     host, words = settings.endpoint.host, redact(str(error), settings.key) or type(error).__name__
     if "TimeoutException" in names or isinstance(error, TimeoutError):
-        limit = "the timeout of the http client" if seconds is None else f"{seconds:.3g} s"
+        limit = "the timeout of the http client" if settings.timeout is None else f"{seconds:.3g} s"
         return APITimeoutError(f"no complete reply from {host} within {limit}")
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
         failure = APIConnectionError(f"no complete reply from {host}: {words}")

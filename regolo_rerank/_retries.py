@@ -32,7 +32,7 @@ class Send:
 
     Attributes:
         body: The JSON of the request.
-        seconds: The time limit; None leaves it to the HTTP client.
+        seconds: The time limit; None is none.
     """
 
     body: bytes
@@ -159,9 +159,9 @@ def _fits(seconds: float, call: Call) -> bool:
 
 
 def _time_limit(call: Call) -> float | None:
-    """Return the seconds for one attempt; None leaves them to the caller's HTTP client."""
-    timeout, left = call.settings.timeout, call.seconds_left()
-    return timeout if timeout is None or left is None else min(timeout, left)
+    """Return the seconds for one attempt."""
+    limits = [limit for limit in (call.settings.timeout, call.seconds_left()) if limit is not None]
+    return min(limits, default=None)
 
 
 def _is_over_parallel_limit(error: RegoloError) -> bool:

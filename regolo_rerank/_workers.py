@@ -165,6 +165,10 @@ class _Tasks:
                     self._changed.clear()
                     await self._changed.wait()
 
+    async def work_here(self, call: Call) -> None:
+        """Send the only batch of a call in the caller's task, which can be cancelled and needs no other one."""
+        await self._work(_Job(call, call.batches[0]))
+
     def _start_workers(self) -> None:
         while (job := self._queue.take()) is not None:
             worker = asyncio.create_task(self._work(job))
@@ -217,6 +221,9 @@ def run(call: Call, connections: Connections, pause: Pause) -> None:
 async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
     """Send the batches of one call, and wait until it is done."""
     tasks = _Tasks(call.settings.options.max_concurrency, connections, pause)
+    if len(call.batches) == 1:
+        await tasks.work_here(call)
+        return
     tasks.submit(call)
     try:
         await tasks.wait(call)
