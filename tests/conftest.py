@@ -1,33 +1,23 @@
-import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from regolo_rerank import RegoloClient, RerankResponse
-from tests.support.inside import back_off_for
+from regolo_rerank import RegoloClient
 from tests.support.modes import Call
 from tests.support.stub import Stub
 
-if TYPE_CHECKING:
-    from tests.support.entries import Entry, Reranker
-
 KEY = "sk-canary-4f1d"
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A script in the background ignores Ctrl-C, and the processes that tests interrupt would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-class Rank(Protocol):
-    """Calls a client's `rerank` or `arerank`."""
-
-    def __call__(self, client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse: ...
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio; mark them with `pytest.mark.anyio`."""
+    return "asyncio"
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the machine's key, server or proxies."""
+    """Hide the machine's key, server and proxies from the tests."""
     for name in ("REGOLO_API_KEY", "REGOLO_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
@@ -37,54 +27,16 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_backoff(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries follow at once, except where the server names a wait, or a test asks for `real_backoff`."""
+    """Retry at once, unless the server names a wait or the test is marked `real_backoff`."""
     if "real_backoff" not in request.keywords:
-        back_off_for(0.0, monkeypatch)
+        monkeypatch.setattr("regolo_rerank._retries._backoff", lambda failures: 0.001 * failures)
 
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    """A server on loopback that answers as the service does, until it is told otherwise."""
+    """A server on loopback that answers as the service does, unless a test scripts other replies."""
     with Stub() as server:
         yield server
-
-
-@pytest.fixture(params=["sync", "async"])
-def mode(request: pytest.FixtureRequest) -> str:
-    """Both ways of calling."""
-    return str(request.param)
-
-
-@pytest.fixture
-def call(mode: str) -> Call:
-    """Call anything that has both ways."""
-    return Call(mode)
-
-
-@pytest.fixture
-def rank(call: Call) -> Rank:
-    """Call a client in both ways."""
-
-    def rank(client: RegoloClient, query: Any, documents: Any, **arguments: Any) -> RerankResponse:
-        return call(client.rerank, query, documents, **arguments)
-
-    return rank
-
-
-@pytest.fixture(params=["core", "langchain", "llama_index"])
-def kind(request: pytest.FixtureRequest) -> "type[Reranker]":
-    """Every entry point: the client, and the adapter of each framework."""
-    from tests.support.entries import KINDS  # which loads both frameworks
-
-    return KINDS[request.param]
-
-
-@pytest.fixture
-def entry(kind: "type[Reranker]", mode: str, stub: Stub) -> "Entry":
-    """Every entry point to the stub server in both ways."""
-    from tests.support.entries import Entry
-
-    return Entry(kind, mode, stub.url)
 
 
 @pytest.fixture
@@ -92,3 +44,9 @@ def client(stub: Stub) -> Iterator[RegoloClient]:
     """A client of the stub server."""
     with RegoloClient(KEY, base_url=stub.url) as opened:
         yield opened
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Call:
+    """Call a method, or its async variant: `call(client.rerank, ...)` or `await client.arerank(...)`."""
+    return Call(request.param)

@@ -1,6 +1,5 @@
 """A raw server on loopback that misbehaves in every way a test asks for."""
 
-import gzip
 import json
 import socket
 import struct
@@ -92,11 +91,6 @@ def endless_after(begin: bytes, status: int = 200, **headers: str) -> Fault:
 
 
 endless = endless_after(b"")
-
-
-def bomb(mebibytes: int) -> Fault:
-    """Send a small body that decompresses to so many mebibytes."""
-    return sends(http(gzip.compress(b" " * mebibytes * 1024 * 1024, 1), content_encoding="gzip"))
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Fault:

@@ -10,8 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.inside import answer
-
 
 @dataclass(frozen=True)
 class Received:
@@ -45,7 +43,7 @@ class Reply:
     delay: float = 0.0
     """Seconds before the reply is sent."""
     surplus: bytes = b""
-    """What is sent behind it, together with its end."""
+    """Bytes sent after the reply, together with its end."""
 
     def encoded(self) -> bytes:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
@@ -64,18 +62,22 @@ def texts(count: int) -> list[str]:
 
 
 def scored(request: Received) -> Reply:
-    """Answer as the service does, with `score` for a model."""
-    status, body = answer(request.body, lambda _query, documents: [score(text) for text in documents])
-    return Reply(body, status)
+    """Answer as the service does, with `score` as the model."""
+    ranked = [
+        {"index": index, "relevance_score": score(text), "document": {"text": text}}
+        for index, text in enumerate(request.documents)
+    ]
+    ranked.sort(key=lambda result: -float(result["relevance_score"]))  # type: ignore[arg-type]
+    return Reply({"id": "stub-1", "results": ranked[: request.json.get("top_n")], "meta": None})
 
 
-def crowded(limit: int) -> Reply:
+def over_parallel_limit(limit: int) -> Reply:
     """Return the gateway's refusal of a request that is one too many in flight."""
     return error(f"Limit type: max_parallel_requests. Current limit: {limit}", 429, retry_after_ms=None)
 
 
 def together(count: int) -> Callable[[Received], Reply]:
-    """Return what answers that many requests once all of them are in flight, and none before."""
+    """Return a function that answers `count` requests once all of them are in flight."""
     arrived = threading.Barrier(count, timeout=20)
 
     def reply(request: Received) -> Reply:
@@ -128,12 +130,6 @@ class Stub:
         """Give this reply to every request."""
         self.reply = lambda _: reply
 
-    def allow(self, limit: int, delay: float) -> None:
-        """Refuse requests of which too many are in flight, and answer the others after some seconds."""
-        self.reply = lambda request: (
-            crowded(limit) if self.at_once > limit else Reply(scored(request).body, delay=delay)
-        )
-
     @property
     def documents(self) -> list[list[str]]:
         """The documents of each request."""
@@ -149,7 +145,7 @@ class Stub:
         self.stop()
 
     def stop(self) -> None:
-        """Accept nobody any more."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -181,7 +177,7 @@ class Stub:
             def do_POST(self) -> None:
                 length = int(self.headers.get("content-length", 0))
                 body = self.rfile.read(length)
-                if len(body) < length:  # whose call has ended meanwhile
+                if len(body) < length:  # the call has ended meanwhile
                     self.close_connection = True
                     return
                 headers = {name.lower(): value for name, value in self.headers.items()}
