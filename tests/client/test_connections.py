@@ -200,8 +200,8 @@ def test_every_request_runs_in_the_callers_context(rank: Rank) -> None:
 
 NESTED = """
 import asyncio, sys
-import nest_asyncio
-nest_asyncio.apply()
+import nest_asyncio2
+nest_asyncio2.apply()
 from regolo_rerank import RegoloClient
 
 client = RegoloClient(base_url=sys.argv[1], batch_size=1)
@@ -216,8 +216,8 @@ print(asyncio.run(cell()), asyncio.run(cell()))
 
 
 def test_a_notebooks_nested_loop(stub: Stub) -> None:
-    """Where nest_asyncio lets a loop run inside a loop, as LlamaIndex has it in notebooks, calls work in both."""
-    done = subprocess.run(  # noqa: S603 - our own interpreter, since nest_asyncio changes asyncio for a whole process
+    """Where nest_asyncio2 lets a loop run inside a loop, as LlamaIndex has it in notebooks, calls work in both."""
+    done = subprocess.run(  # noqa: S603 - our own interpreter, since nest_asyncio2 changes asyncio for a whole process
         [sys.executable, "-c", NESTED, stub.url],
         capture_output=True,
         text=True,

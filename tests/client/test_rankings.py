@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from regolo_rerank import PromptFormat, RegoloClient, RerankResponse
@@ -32,9 +31,10 @@ def test_a_response_is_the_sequence_of_its_results(rank: Rank, client: RegoloCli
 def test_results_make_a_data_frame(rank: Rank, client: RegoloClient) -> None:
     """Pandas has a row for each result, with the fields' own types, whether it is given the results or the response."""
     response = rank(client, "q", texts(3))
+    pandas: Any = pytest.importorskip("pandas", reason="part of the extra [dev]")
     given: Any
     for given in (response.results, response):
-        frame = pd.DataFrame(given)
+        frame = pandas.DataFrame(given)
         assert list(frame.columns) == ["index", "relevance_score", "document"]
         assert frame["index"].tolist() == [2, 1, 0]
         assert frame["relevance_score"].dtype == float

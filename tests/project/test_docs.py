@@ -152,6 +152,7 @@ def test_no_code_of_the_documentation_is_left_out() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the documentation by its one command, where no other machine answers."""
+    pytest.importorskip("mkdocs", reason="part of the extra [dev]")
     folder = tmp_path_factory.mktemp("site")
     nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     built = subprocess.run(  # noqa: S603 - our own command

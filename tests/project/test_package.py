@@ -52,6 +52,8 @@ def run(*command: str | Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel."""
+    pytest.importorskip("build", reason="part of the extra [dev]")
+    pytest.importorskip("hatchling", reason="part of the extra [dev]")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
     (built,) = folder.glob("*.whl")
