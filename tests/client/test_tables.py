@@ -1,9 +1,9 @@
 import math
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
-from IPython.core.formatters import DisplayFormatter
 
 from regolo_rerank import RegoloClient, RerankResponse, RerankResult
 from tests.cli.test_tables import HOSTILE, columns
@@ -98,8 +98,9 @@ def test_a_response_prints_as_aligned_text(client: RegoloClient, rank: Rank) -> 
 
 def test_a_response_shows_as_a_table_in_a_notebook(client: RegoloClient, rank: Rank) -> None:
     """A notebook gets rank, index, score, bar and document under accessible heads, and the plain repr beside it."""
+    ipython: Any = pytest.importorskip("IPython.core.formatters", reason="part of the extra [dev]")
     response = rank(client, "q", DOCUMENTS)
-    shown, _ = DisplayFormatter().format(response)  # type: ignore[no-untyped-call]  # IPython has no types
+    shown, _ = ipython.DisplayFormatter().format(response)
     table = Table(shown["text/html"])
     assert table.rows == [
         ["rank", "index", "score", "document"],

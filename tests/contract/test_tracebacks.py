@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 from pydantic import ValidationError
@@ -129,8 +128,9 @@ def test_a_notebook_shows_every_frame_in_full(
     stub: Stub, mode_of_errors: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """IPython can show the arguments of each frame that is left, of which none is the key, or what was mistyped."""
+    ipython: Any = pytest.importorskip("IPython.core.interactiveshell", reason="part of the extra [dev]")
     stub.always(error("no such key", 401))
-    shell: Any = InteractiveShell.instance()
+    shell: Any = ipython.InteractiveShell.instance()
     shell.run_line_magic("colors", "nocolor")
     shell.run_line_magic("xmode", mode_of_errors)
     client = RegoloClient(KEY, base_url=stub.url)

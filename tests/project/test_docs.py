@@ -59,6 +59,8 @@ def test_every_example_runs(
     """Each Python block runs as it stands, ranks what it says, and prints what the comments behind its prints say."""
     if "docs/ray.md" in request.node.name:
         pytest.importorskip("ray", reason="tests/external/ray runs it")
+    if "import vcr" in code:
+        pytest.importorskip("vcr", reason="part of the extra [dev]")
     names = surroundings
     exec(compile(code, "example.py", "exec"), names)  # noqa: S102 - our own text
     printed = capsys.readouterr().out
