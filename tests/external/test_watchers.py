@@ -7,11 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 import httpx
 import pytest
+
+pytest.importorskip("respx", reason="part of the extra [dev]")
+pytest.importorskip("vcr", reason="part of the extra [dev]")
+pytest.importorskip("pytest_httpx", reason="part of the extra [dev]")
+
 import respx
 import vcr  # type: ignore[import-untyped]  # it has no types
 from pytest_httpx import HTTPXMock
@@ -33,6 +39,12 @@ SETTINGS: Final = {
 STATUSES: Final = {"batched": [200] * 3, "retried": [200, 500], "refused": [500], "unreachable": [None]}
 """Of the requests of each call, in numerical order."""
 
+PACKAGES: Final = {
+    "sentry": "sentry_sdk",
+    "datadog": "ddtrace",
+    "opentelemetry": "opentelemetry.instrumentation.httpx",
+}
+
 TRACE_HEADERS: Final = {
     "sentry": {"sentry-trace", "baggage"},
     "datadog": {"x-datadog-trace-id", "x-datadog-parent-id", "x-datadog-sampling-priority", "traceparent"},
@@ -50,6 +62,8 @@ URL: Final = f"{BASE_URL}/rerank"
 @functools.cache
 def seen_by(tracer: str) -> dict[tuple[str, str, str], Observation]:
     """Return what a tracer has seen of each call, mode and connections, in a process of its own, which it patches."""
+    if find_spec(PACKAGES[tracer]) is None:
+        pytest.skip(f"{PACKAGES[tracer]} is part of the extra [dev]")
     command = [sys.executable, "-m", "tests.external.watched", tracer]
     environment = {**os.environ, **SETTINGS, "REGOLO_API_KEY": KEY}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own

@@ -59,6 +59,8 @@ def test_every_example_runs(
     """Each Python block runs as it stands, ranks what it says, and prints what the comments behind its prints say."""
     if "docs/ray.md" in request.node.name:
         pytest.importorskip("ray", reason="tests/external/ray runs it")
+    if "import vcr" in code:
+        pytest.importorskip("vcr", reason="part of the extra [dev]")
     names = surroundings
     exec(compile(code, "example.py", "exec"), names)  # noqa: S102 - our own text
     printed = capsys.readouterr().out
@@ -152,6 +154,7 @@ def test_no_code_of_the_documentation_is_left_out() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the documentation by its one command, where no other machine answers."""
+    pytest.importorskip("mkdocs", reason="part of the extra [dev]")
     folder = tmp_path_factory.mktemp("site")
     nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     built = subprocess.run(  # noqa: S603 - our own command

@@ -84,6 +84,7 @@ def test_a_signature_and_a_docstring_tell_of_all_options(module: str) -> None:
 
 def test_a_shell_completes_options(module: str) -> None:
     """IPython offers each option, whether it asks Jedi or not."""
+    pytest.importorskip("IPython", reason="part of the extra [dev]")
     _, _, fields = asked(ASKED, module)
     for completions in asked(COMPLETED, module):
         assert {f"{name}=" for name in fields} <= set(completions)
@@ -92,6 +93,7 @@ def test_a_shell_completes_options(module: str) -> None:
 @pytest.mark.timeout(200)
 def test_pyright_knows_each_option(tmp_path: Path) -> None:
     """What editors complete by accepts every option by its name, and refuses any other, and a second position."""
+    pytest.importorskip("basedpyright", reason="part of the extra [dev]")
     lines = ["from typing import Any", "def f(x: Any) -> None:"]
     for module, name in DOORS.items():
         _, _, fields = asked(ASKED, module)

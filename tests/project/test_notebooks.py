@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401 - lists the fonts now, as a kernel may warn when it has to
-import nbformat
 import pytest
+
+pytest.importorskip("nbclient", reason="part of the extra [dev]")
+pytest.importorskip("ipykernel", reason="part of the extra [dev]")
+
+import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 

@@ -358,6 +358,7 @@ def test_the_active_style_decides_on_the_colours() -> None:
 
 def test_a_notebook_shows_it_without_pyplot() -> None:
     """IPython gets an image, sharp on dense screens, from a process that never imported `pyplot`."""
+    pytest.importorskip("IPython", reason="part of the extra [dev]")
     subprocess.run([sys.executable, "-W", "error", "-c", SHOWN], check=True)  # noqa: S603 - our own command
 
 

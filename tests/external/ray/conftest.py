@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
 import pytest
 
 from regolo_rerank._wire.checks import API_KEY_VARIABLE
@@ -48,6 +47,7 @@ def ray_folder(ray_settings: pytest.MonkeyPatch, _service: Stub) -> Iterator[Pat
     """Run Ray on this machine, its workers' environment with the key, and give the folder of its logs."""
     ray_settings.setenv(API_KEY_VARIABLE, KEY)
     ray_settings.setenv(BASE_URL_VARIABLE, _service.url)
+    import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
     import ray  # type: ignore[import-not-found, unused-ignore]  # only where the extra is installed
 
     ray.init(

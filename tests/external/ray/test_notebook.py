@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
-import nbformat
 import pytest
+
+pytest.importorskip("nbclient", reason="part of the extra [ray]")
+
+import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 from nbformat import NotebookNode

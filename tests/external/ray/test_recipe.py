@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
 import pytest
+
+pytest.importorskip("psutil", reason="part of the extra [ray]")
+
+import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
 
 from regolo_rerank import RegoloClient
 from regolo_rerank._wire.checks import API_KEY_VARIABLE
