@@ -3,7 +3,6 @@
 The background is transparent, and all colours are legible on a white and on a dark page.
 """
 
-import operator
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -12,7 +11,7 @@ from io import BytesIO
 from itertools import cycle
 from numbers import Real
 from operator import attrgetter
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from regolo_rerank._version import install_hint
@@ -46,7 +45,6 @@ _VARIANTS: Final = _BETTER, _WORSE, "#8a6fd1", "#0b8a66", "#b0558b", "#9a7400"
 _WIDTH, _NARROWEST, _ROW, _TALLEST = 7.0, 2.0, 0.22, 60.0
 _DPI: Final = 200
 _LABEL_COLUMNS: Final = 32
-_TITLE_COLUMNS: Final = 80
 
 _STYLE: Final[Any] = {
     "axes.facecolor": "none",
@@ -64,6 +62,8 @@ _STYLE: Final[Any] = {
     "text.usetex": False,
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _GREY),
 }
+_MARKED_LINE: Final[Any] = {"color": _BETTER, "linewidth": 2.8, "zorder": 3}
+_OTHER_LINE: Final[Any] = {"color": _GREY, "linewidth": 1.0, "alpha": 0.45}
 # Fonts of Linux, macOS and Windows with characters that Matplotlib's own fonts lack.
 _FONTS: Final = "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Arial Unicode MS", "Microsoft YaHei", "Malgun Gothic"
 
@@ -125,8 +125,13 @@ def rank_changes(
     names = [item.text for item in candidates] if labels is None else [str(label) for label in _list(labels, "labels")]
     if len(names) != len(candidates):
         raise InvalidInputError(f"labels: expected one per candidate ({len(candidates)}), got {len(names)}")
-    marked = next(iter(kept), None) if highlight is None else _find_marked(highlight, candidates, names)
-    return _draw_changes([_shorten(name) for name in names], kept, marked, title or "")
+    marked = list(kept)[:1]
+    if highlight is not None:
+        rows = enumerate(zip(candidates, names, strict=True))
+        marked = [index for index, (candidate, name) in rows if highlight in (index, candidate.id, name)]
+        if not marked:
+            raise InvalidInputError(f"highlight: no candidate has the index, id or label {highlight!r}")
+    return _draw_changes([_shorten(name) for name in names], kept, marked[:1], title or "")
 
 
 def evaluation_summary(evaluation: "Evaluation", *, thresholds: bool = False) -> Picture:
@@ -182,7 +187,7 @@ def _read_candidate(item: Any, place: str) -> _Candidate:
     if hasattr(item, "node_id"):
         return _Candidate(item.get_content(), item.node_id, "", id(item), getattr(item, "score", None))
     if isinstance(item, Mapping) and isinstance(item.get("text"), str):
-        return _Candidate(item["text"], item.get("id"), "", id(item))
+        return _Candidate(item["text"], str(item["id"]) if "id" in item else None, "", id(item))
     kinds = "a string, a LangChain Document, a LlamaIndex node or a mapping with 'text'"
     raise InvalidInputError(f"{place}: must be {kinds}, got {type(item).__name__}")
 
@@ -195,7 +200,7 @@ def _find_kept(before: list[_Candidate], after: list[Any]) -> dict[int, object]:
     for rank, result in enumerate(after):
         if not 0 <= result.index < len(before):
             raise InvalidInputError(f"after[{rank}]: has index {result.index}, but before has {len(before)} candidates")
-        # Strings are what was scored. Other documents may have been scored by another text, such as their title.
+        # Only strings must be equal: other documents may have been scored with their titles.
         candidate = before[result.index]
         if candidate.identity is None and isinstance(result.document, str) and candidate.text != result.document:
             raise InvalidInputError(f"after[{rank}]: is not before[{result.index}]; pass the reranked list as before")
@@ -227,22 +232,13 @@ def _match(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
     return [found[rank] for rank in range(len(after))]
 
 
-def _find_marked(highlight: int | str, candidates: list[_Candidate], names: list[str]) -> int:
-    for index, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
-        if isinstance(highlight, str) and highlight in {candidate.id, name}:
-            return index
-    if isinstance(highlight, str) or not 0 <= operator.index(highlight) < len(candidates):
-        raise InvalidInputError(f"highlight: no candidate has the index, id or label {highlight!r}")
-    return operator.index(highlight)
-
-
 def _shorten(text: str) -> str:
     """Return the start of a text, in one line and without control characters."""
     line = "".join(filter(str.isprintable, " ".join(text.split())))[: 2 * _LABEL_COLUMNS]
     return line if cell_len(line) <= _LABEL_COLUMNS else chop_cells(line, _LABEL_COLUMNS - 1)[0] + "…"
 
 
-def _draw_changes(names: list[str], kept: dict[int, object], marked: int | None, title: str) -> Picture:
+def _draw_changes(names: list[str], kept: dict[int, object], marked: list[int], title: str) -> Picture:
     rows = max(len(names), 1)
     row = min(_ROW, _TALLEST / rows)
     with _style():
@@ -251,18 +247,24 @@ def _draw_changes(names: list[str], kept: dict[int, object], marked: int | None,
         axes = figure.add_subplot(xlim=(0, 1), ylim=(rows + 0.5, -0.5))
         axes.set_axis_off()
         _write_columns(axes, names, kept, marked, max(2.0, min(9.0, 41 * row)))
-        ranks = {index: rank for rank, index in enumerate(kept)}
+        ranks = {index: rank for rank, index in enumerate(kept, 1)}
         for index in range(len(names)):
-            _draw_way(axes, index, ranks.get(index), marked=index == marked)
+            # A candidate that is not kept has a short dotted line. The other lines are level at both ends.
+            rank = ranks.get(index, index + 1)
+            x = np.linspace(0, 1 if index in ranks else 0.08, 50)
+            y = index + 1 + (rank - index - 1) * x**2 * (3 - 2 * x)
+            look = _MARKED_LINE if index in marked else _OTHER_LINE
+            axes.plot(x, y, linestyle="solid" if index in ranks else "dotted", clip_on=False, **look)
         figure.draw_without_rendering()
         figure.set_figwidth(max(_WIDTH, 3 * _WIDTH * (1 - axes.get_position().width) + _NARROWEST))
-        if lines := [part for line in title.splitlines() for part in wrap(line, _TITLE_COLUMNS)]:
-            figure.suptitle("\n".join(lines), x=0.01, ha="left")
-            figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
+        # Chinese characters, for example, are two columns wide.
+        if title := "\n".join(fill(line, 40 if cell_len(line) > len(line) else 80) for line in title.splitlines()):
+            figure.suptitle(title, x=0.01, ha="left")
+            figure.set_figheight(figure.get_figheight() + 0.2 * (1 + title.count("\n")))
     return figure
 
 
-def _write_columns(axes: Axes, names: list[str], kept: dict[int, object], marked: int | None, size: float) -> None:
+def _write_columns(axes: Axes, names: list[str], kept: dict[int, object], marked: list[int], size: float) -> None:
     """Write names and ranks on the left, and ranks, scores and names on the right, below a heading each."""
     scores = [f"{float(score):.2f}" if isinstance(score, Real) else "" for score in kept.values()]
     ranks = [str(rank) for rank in range(1, len(names) + 1)]
@@ -279,18 +281,9 @@ def _write_columns(axes: Axes, names: list[str], kept: dict[int, object], marked
     ]
     for x, offset, side, indices, texts in columns:
         for row, (index, text) in enumerate(zip(["heading", *indices, "note"], texts, strict=False)):
-            look: dict[str, Any] = {"size": size, "weight": "bold" if index in {"heading", marked} else "normal"}
-            look |= {"ha": side, "va": "center", "color": _BETTER if index == marked else _GREY}
+            look: dict[str, Any] = {"size": size, "weight": "bold" if index in ["heading", *marked] else "normal"}
+            look |= {"ha": side, "va": "center", "color": _BETTER if index in marked else _GREY}
             axes.annotate(text, (x, row), (offset, 0), textcoords="offset points", **look)
-
-
-def _draw_way(axes: Axes, before: int, after: int | None, *, marked: bool) -> None:
-    """Draw a line between two ranks, level at both ends, or the beginning of one if the candidate is not kept."""
-    x = np.linspace(0, 0.08 if after is None else 1, 50)
-    y = 1 + before + (0 if after is None else after - before) * x**2 * (3 - 2 * x)
-    colour, alpha, width = (_BETTER, 1.0, 2.8) if marked else (_GREY, 0.45, 1.0)
-    style = "dotted" if after is None else "solid"
-    axes.plot(x, y, color=colour, alpha=alpha, linewidth=width, linestyle=style, zorder=2 + marked, clip_on=False)
 
 
 def _draw_gains(axes: Axes, variants: "list[tuple[str, Variant]]") -> None:
@@ -312,14 +305,14 @@ def _draw_gains(axes: Axes, variants: "list[tuple[str, Variant]]") -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(xlim=(low - 0.06 * span, high + 0.5 * span), ylim=(len(names) - 0.5, -0.5))
     axes.locator_params(axis="x", nbins=5)
-    verdicts: list[str] = [each.verdict for each in every]
-    axes.set(xlabel="gain with its 95% interval", title=_title_gains(verdicts) if len(variants) == 1 else "Gain")
-
-
-def _title_gains(verdicts: list[str]) -> str:
-    counts = {verdict: verdicts.count(verdict) for verdict in ("better", "worse") if verdict in verdicts}
-    of = {count: f"{count} of {len(verdicts)}" for count in counts.values()} | {len(verdicts): "every measure"}
-    return ", ".join(f"{verdict} on {of[count]}" for verdict, count in counts.items()).capitalize() or "No clear gain"
+    axes.set(xlabel="gain with its 95% interval", title="Gain")
+    if len(variants) == 1:
+        counts = {verdict: sum(each.verdict == verdict for each in every) for verdict in ("better", "worse")}
+        of = {0: "", len(every): "every measure"}
+        parts = [
+            f"{verdict} on {of.get(count, f'{count} of {len(every)}')}" for verdict, count in counts.items() if count
+        ]
+        axes.set_title(", ".join(parts).capitalize() or "No clear gain")
 
 
 def _draw_kept(axes: Axes, variants: "list[tuple[str, Variant]]") -> list[Any]:
@@ -336,7 +329,7 @@ def _draw_kept(axes: Axes, variants: "list[tuple[str, Variant]]") -> list[Any]:
         text = f" {name}: {count} " if len(variants) == 1 else f" {count} "
         axes.text(count, 0.02 + 0.1 * row, text, ha=side, color=colour, weight="bold")
     axes.axhline(0.95, color=_GREY, linewidth=0.8, linestyle="dotted")
-    axes.text(0, 0.955, " 95%", size=7)
+    axes.text(0, 0.955, " 95%", size=8)
     axes.set(xlim=(0, None), ylim=(0, 1.03), xlabel="documents kept (top_n)", ylabel="relevant candidates kept")
     axes.set_title("Documents that keep 95%" if len(variants) > 1 else _title_kept(first.before, first.after))
     return lines
