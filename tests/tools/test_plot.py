@@ -1,0 +1,409 @@
+import io
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+from matplotlib import font_manager, rc_context
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from PIL import Image
+
+from regolo_rerank import InvalidInputError, RegoloClient, RerankResponse, RerankResult
+from regolo_rerank.evaluation import Evaluation, evaluate
+from regolo_rerank.plot import Picture, evaluation_summary, rank_changes
+
+GREY, TEAL, ORANGE = "#747b84", "#0c8599", "#c2570c"
+WHITE, DARK = "#ffffff", "#0d1117"  # GitHub's pages
+
+IN_A_NOTEBOOK = """
+import sys
+from IPython.core.formatters import DisplayFormatter
+from regolo_rerank.plot import rank_changes
+shown, metadata = DisplayFormatter().format(rank_changes(["a", "b"], ["b"]))
+assert shown["image/png"].startswith(b"\\x89PNG"), shown.keys()
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def ranked(before: list[Any], *kept: int, scores: tuple[float, ...] = ()) -> RerankResponse:
+    """Return the response of a reranker that kept these documents."""
+    values = [*scores, *[0.5] * len(kept)]
+    return RerankResponse(results=[RerankResult(i, score, before[i]) for i, score in zip(kept, values, strict=False)])
+
+
+def moves(figure: Figure) -> list[tuple[int, int | None]]:
+    """Return where the line of each candidate starts and ends, from 0. None: it is not kept."""
+    lines = [np.asarray(line.get_data()) for line in figure.axes[0].lines]
+    return [(round(y[0]) - 1, round(y[-1]) - 1 if x[-1] == 1 else None) for x, y in lines]
+
+
+def order(figure: Figure) -> list[int]:
+    """Return the indices of the kept candidates, the best one first."""
+    kept = sorted((after, before) for before, after in moves(figure) if after is not None)
+    assert [after for after, _ in kept] == list(range(len(kept)))
+    return [before for _, before in kept]
+
+
+def cells(figure: Figure) -> list[Annotation]:
+    """Return the texts beside the chart."""
+    return [text for text in figure.axes[0].texts if isinstance(text, Annotation) and text.get_text()]
+
+
+def rows(figure: Figure, side: int) -> list[str]:
+    """Return what the left (0) or the right (1) side says, row by row from its heading."""
+    found: dict[float, list[Annotation]] = {}
+    for cell in cells(figure):
+        if cell.xy[0] == side:
+            found.setdefault(cell.xy[1], []).append(cell)
+    figure.draw_without_rendering()
+    return [
+        "|".join(cell.get_text() for cell in sorted(row, key=lambda cell: cell.get_window_extent().x0))
+        for _, row in sorted(found.items())
+    ]
+
+
+def highlighted(figure: Figure) -> list[int]:
+    """Return the candidates whose line is in colour. The rest must be grey."""
+    colours = [to_hex(line.get_color()) for line in figure.axes[0].lines]
+    assert set(colours) <= {TEAL, GREY}
+    return [index for index, colour in enumerate(colours) if colour == TEAL]
+
+
+def test_lines_lead_from_old_ranks_to_new_ones_between_two_tables() -> None:
+    """Headings are above the columns, scores have two decimals, and a dropped candidate is counted."""
+    before = ["one", "two", "three", "four", "five"]
+    figure = rank_changes(before, ranked(before, 3, 1, 0, 2, scores=(0.907, 0.5, 0.25, -12.5)))
+    assert moves(figure) == [(0, 2), (1, 1), (2, 3), (3, 0), (4, None)]
+    assert rows(figure, 0) == ["before reranking", "one|1", "two|2", "three|3", "four|4", "five|5"]
+    assert rows(figure, 1) == [
+        "after reranking",
+        "1|0.91|four",
+        "2|0.50|two",
+        "3|0.25|one",
+        "4|-12.50|three",
+        "1 not kept",
+    ]
+
+
+def test_strings_have_no_scores() -> None:
+    """The right side then has no column of scores."""
+    assert rows(rank_changes(["one", "two"], ["two", "one"]), 1)[1:] == ["1|two", "2|one"]
+
+
+DOCUMENTS = [Document(text, id=f"id {text}") for text in ("one", "two", "three")]
+
+
+@pytest.mark.parametrize(
+    ("highlight", "expected"),
+    [(None, 2), (0, 0), (np.int64(1), 1), ("id two", 1), ("C", 2)],
+    ids=["first after reranking", "index", "numpy index", "id", "label"],
+)
+def test_one_candidate_is_in_colour(highlight: Any, expected: int) -> None:
+    """Its line and its row on both sides are in colour and bold, the others are grey."""
+    figure = rank_changes(DOCUMENTS, ranked(DOCUMENTS, 2, 1, 0), highlight=highlight, labels=["A", "B", "C"])
+    assert highlighted(figure) == [expected]
+    coloured = {cell.get_text() for cell in cells(figure) if to_hex(cell.get_color()) == TEAL}
+    assert coloured == {str(expected + 1), str(3 - expected), "0.50", "ABC"[expected]}
+    bold = {cell.get_text() for cell in cells(figure) if cell.get_fontweight() == "bold"}
+    assert bold == {*coloured, "before reranking", "after reranking"}
+
+
+@pytest.mark.parametrize("highlight", [3, -1, "four", 1.5])
+def test_an_unknown_highlight_is_an_error(highlight: Any) -> None:
+    """The message repeats it."""
+    with pytest.raises(InvalidInputError, match=rf"highlight: .* {highlight!r}"):
+        rank_changes(DOCUMENTS, DOCUMENTS, highlight=highlight)
+
+
+SAME, ALSO_SAME = Document("same"), Document("same")
+TITLED = [Document("same", metadata={"title": title}) for title in "ab"]
+TITLED_COPIES = [Document("same", metadata={"title": title, "relevance_score": 0.5}) for title in "ba"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (["a", "b", "a"], ["b", "a", "a"], [1, 0, 2]),
+        ([SAME, ALSO_SAME], [ALSO_SAME, SAME], [1, 0]),
+        (TITLED, TITLED_COPIES, [1, 0]),
+        ([Document("a", id="x"), Document("b", id="x")], [Document("b", id="x", metadata={"new": 1})], [1]),
+        ([Document("a", id="1"), Document("b", id="2")], [Document("b cut", id="2")], [1]),
+        ([Document("a", id="1"), Document("b", id="2")], [Document("b", id="new")], [1]),
+        ([Document("same", id="1"), Document("same")], [Document("same")], [1]),
+        ([TextNode(text=text) for text in "ab"], [NodeWithScore(node=TextNode(text=text)) for text in "ba"], [1, 0]),
+        ([TextNode(text="same", id_=i) for i in "xy"], [NodeWithScore(node=TextNode(text="same", id_="y"))], [1]),
+        ([{"text": "a", "id": 1}, {"text": "b"}], ["b", {"text": "a", "id": 1}], [1, 0]),
+    ],
+    ids=[
+        "equal strings in order",
+        "the object itself",
+        "metadata except the score",
+        "shared id",
+        "changed text",
+        "changed id",
+        "no id before another id",
+        "nodes with new ids",
+        "node ids",
+        "mappings",
+    ],
+)
+def test_a_copy_is_recognised(before: list[Any], after: list[Any], expected: list[int]) -> None:
+    """The object itself comes first, then id, text and metadata, then id and text, then one of them."""
+    assert order(rank_changes(before, after)) == expected
+
+
+def test_scores_come_from_documents_and_nodes() -> None:
+    """They are where the adapters put them."""
+    documents = rank_changes(["a"], [Document("a", metadata={"relevance_score": 0.25})])
+    nodes = rank_changes(["a"], [NodeWithScore(node=TextNode(text="a"), score=0.25)])
+    assert rows(documents, 1)[1] == rows(nodes, 1)[1] == "1|0.25|a"
+
+
+def test_no_copy_is_mistaken_for_another() -> None:
+    """Shuffled copies of 40 similar documents are found, each of them once."""
+    rng = random.Random(0)  # noqa: S311 - repeatable cases, no secrets
+    keys = [(rng.choice("abcd"), rng.choice([None, "1", "2", "3"])) for _ in range(40)]
+    kept = rng.sample(range(40), 30)
+    before = [Document(text, id=name) for text, name in keys]
+    found = order(rank_changes(before, [before[index].model_copy() for index in kept]))
+    assert [keys[index] for index in found] == [keys[index] for index in kept]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("ab", ["a"], r"before: must be a list, got str"),
+        (["a"], {"a"}, r"after: must be a list, got set"),
+        (["a"], None, r"after: must be a list, got NoneType"),
+        (["a", 7], ["a"], r"before\[1\]: must be a string, .* got int"),
+        (["a"], [RerankResult(0, 0.5, "a"), "a"], r"after\[0\]: must be a string, .* got RerankResult"),
+        (["a", "b"], ["b", "c"], r"after\[1\]: is not in before"),
+        (["a", "b"], ["b", "b"], r"after\[1\]: is not in before, or not as often"),
+        ([SAME], [SAME, SAME], r"after\[1\]: is not in before, or not as often"),
+        (["a"], [RerankResult(1, 0.5, "b")], r"after\[0\]: has index 1, but before has 1"),
+        (["a"], [RerankResult(-1, 0.5, "a")], r"after\[0\]: has index -1"),
+        (["a", "b"], [RerankResult(1, 0.5, "a")], r"after\[0\]: is not before\[1\]"),
+        (["a"], RerankResponse(results=[RerankResult(0, 0.5, "a")] * 2), r"after: has the same index twice"),
+    ],
+)
+def test_arguments_that_would_give_a_wrong_chart_are_errors(before: Any, after: Any, message: str) -> None:
+    """The message names the argument."""
+    with pytest.raises(InvalidInputError, match=message):
+        rank_changes(before, after)
+
+
+def test_documents_may_be_ranked_with_their_titles() -> None:
+    """The indices of a response count, because its texts are not those of the documents."""
+    response = RerankResponse(results=[RerankResult(1, 0.5, "title: two"), RerankResult(0, 0.25, "title: one")])
+    assert order(rank_changes(DOCUMENTS, response)) == [1, 0]
+
+
+def test_there_is_a_label_for_each_candidate() -> None:
+    """One too few would shift the others."""
+    with pytest.raises(InvalidInputError, match=r"labels: expected one per candidate \(3\), got 1"):
+        rank_changes(DOCUMENTS, DOCUMENTS, labels=["A"])
+
+
+@pytest.mark.parametrize("width", ["narrow", "W" * 99])
+def test_everything_is_inside_the_picture_and_rows_do_not_overlap(width: str) -> None:
+    """The picture has 1,400 pixels, or more if labels need them, and the lines keep a part of it."""
+    before = [f"{width} {number}" for number in range(100)]
+    figure = rank_changes(before, before, "How wide is it?\n" + "a long title " * 20)
+    figure.draw_without_rendering()
+    assert figure.bbox.width == 1400 if width == "narrow" else figure.bbox.width > 1400
+    assert figure.axes[0].get_window_extent().width >= 390
+    boxes = [text.get_window_extent() for text in [*cells(figure), *figure.texts]]
+    assert all(0 <= box.x0 < box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 <= figure.bbox.y1 for box in boxes)
+    names = [cell.get_window_extent() for cell in cells(figure) if cell.xy[0] == 0 and "…" in cell.get_text()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(names))
+    assert figure.texts[0].get_window_extent().y0 > max(cell.get_window_extent().y1 for cell in cells(figure))
+
+
+def test_any_text_can_be_drawn() -> None:
+    """Formulas and control characters are not obeyed, and line breaks are folded."""
+    hard = ["costs $5 and $10", r"\frac{1}{$", "a\nb\t\x1b[31m", "\u202eb\ud800", ""]
+    with rc_context({"text.usetex": True}):
+        figure = rank_changes(hard, hard, "$5 or $\n6?")
+    assert rows(figure, 0)[1:] == ["costs $5 and $10|1", r"\frac{1}{$|2", "a b [31m|3", "b|4", "5"]
+    assert figure.texts[0].get_text() == "$5 or $\n6?"
+    assert figure._repr_png_()[0].startswith(b"\x89PNG")
+
+
+def test_an_installed_font_draws_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such fonts follow those of the style."""
+    installed = font_manager.fontManager.get_font_names()
+    monkeypatch.setattr(font_manager.fontManager, "get_font_names", lambda: [*installed, "Noto Sans CJK JP"])
+    with rc_context({"font.family": ["STIXGeneral"]}):
+        families = cells(rank_changes(["a"], ["a"]))[0].get_fontfamily()
+    assert families == ["STIXGeneral", "Noto Sans CJK JP"]
+
+
+def test_thousands_of_candidates_fit_into_a_png() -> None:
+    """A PNG of Matplotlib has at most 65,536 pixels on a side, so the rows become lower."""
+    figure = rank_changes([f"candidate {number}" for number in range(3000)], ["candidate 3"])
+    assert figure.bbox.height < 2**14
+
+
+@pytest.mark.parametrize(("before", "after"), [([], []), (["a"], []), (["a"], ["a"])])
+def test_few_candidates_are_a_chart_too(before: list[str], after: list[str]) -> None:
+    """There may be none, and none may be kept."""
+    figure = rank_changes(before, after)
+    assert figure._repr_png_()[0].startswith(b"\x89PNG")
+    assert len(moves(figure)) == len(before)
+
+
+def evaluation(*verdicts: str, variants: int = 1, before: int = 39, after: int = 14) -> Evaluation:
+    """Return an evaluation with made-up measures, a gain of 0.14 each, whose first variant has these verdicts."""
+    queries = [{"query": "q", "documents": ["a", "bbb", "cc"], "relevant": [1]}] * 2
+
+    def score(query: str, documents: list[str]) -> list[float]:
+        del query
+        return [len(document) / 100 for document in documents]
+
+    client = RegoloClient(base_url="local://", scorer=score)
+    real = evaluate(queries, {f"variant {index} $x$": client for index in range(variants)})
+    some = replace(real.variants[0].measures["MRR"], before=0.31, after=0.45, difference=0.14, low=0.09, high=0.21)
+    measures: Any = {f"M{index}": replace(some, verdict=verdict) for index, verdict in enumerate(verdicts)}
+    top_n = replace(real.variants[0].top_n, before=before, after=after)
+    made = [replace(each, measures=measures or each.measures, top_n=top_n) for each in real.variants]
+    return replace(real, variants=made)
+
+
+def spans(figure: Figure) -> list[Line2D]:
+    """Return the intervals of the gains."""
+    return [line for line in figure.axes[0].lines if line.get_linewidth() == 5]
+
+
+def test_a_gain_stands_beside_a_zero_line_with_its_interval() -> None:
+    """The interval is that of the gain, and the label has both measures."""
+    gains = evaluation_summary(evaluation("better", "worse", "cannot tell")).axes[0]
+    assert np.asarray(gains.lines[0].get_xdata()).tolist() == [0, 0]
+    assert [np.asarray(line.get_xdata()).tolist() for line in spans(gains.figure)] == [[0.09, 0.21]] * 3  # type: ignore[arg-type]  # a figure
+    assert [to_hex(line.get_color()) for line in spans(gains.figure)] == [TEAL, ORANGE, GREY]  # type: ignore[arg-type]  # a figure
+    assert [text.get_text() for text in gains.texts] == ["0.31 → 0.45"] * 3
+    assert [text.get_text() for text in gains.get_yticklabels()] == ["M0", "M1", "M2"]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "title"),
+    [
+        (["better"] * 2, "Better on every measure"),
+        (["worse"], "Worse on every measure"),
+        (["better", "cannot tell", "worse"], "Better on 1 of 3, worse on 1 of 3"),
+        (["cannot tell"], "No clear gain"),
+    ],
+)
+def test_the_first_title_is_the_verdict(verdicts: list[str], title: str) -> None:
+    """It claims only what the intervals show."""
+    assert evaluation_summary(evaluation(*verdicts)).axes[0].get_title(loc="left") == title
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "title"),
+    [
+        (39, 14, "14 documents keep what took 39"),
+        (39, 1, "1 document keeps what took 39"),
+        (5, 5, "5 documents needed, as before"),
+        (5, 9, "9 documents needed, 5 before"),
+    ],
+)
+def test_the_second_title_says_how_few_documents_are_enough(before: int, after: int, title: str) -> None:
+    """The labels at the lines say it too."""
+    kept = evaluation_summary(evaluation(before=before, after=after)).axes[1]
+    assert kept.get_title(loc="left") == title
+    assert {f" before: {before} ", f" after: {after} "} < {text.get_text() for text in kept.texts}
+
+
+def test_recall_is_drawn_as_measured() -> None:
+    """The retriever has the relevant document in the second place, the reranker in the first."""
+    before, after = evaluation_summary(evaluation()).axes[1].lines[:2]
+    assert np.asarray(before.get_ydata()).tolist() == [0, 1, 1]
+    assert np.asarray(after.get_ydata()).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("variants", [1, 3])
+def test_thresholds_are_drawn_only_on_request(variants: int) -> None:
+    """One variant has precision and recall, several have their F1."""
+    measured = evaluation(variants=variants)
+    assert len(evaluation_summary(measured).axes) == 2
+    panel = evaluation_summary(measured, thresholds=True).axes[2]
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in panel.lines if line.get_linestyle() == "-"]
+    curve = measured.variants[0].thresholds
+    expected = (
+        [[e.precision for e in curve], [e.recall for e in curve]] if variants == 1 else [[e.f1 for e in curve]] * 3
+    )
+    assert drawn == expected
+
+
+def test_variants_have_colours_of_their_own_and_a_legend() -> None:
+    """Their names are not formulas."""
+    figure = evaluation_summary(evaluation(variants=3))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["before reranking", "variant 0 $x$", "variant 1 $x$", "variant 2 $x$"]
+    lines = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
+    assert len(set(lines)) == 4
+    assert [to_hex(line.get_color()) for line in spans(figure)[::5]] == lines[1:]
+
+
+def test_nothing_relevant_among_the_candidates_can_be_drawn() -> None:
+    """There is no best threshold then."""
+    queries = [{"query": "q", "documents": [{"id": "a", "text": "a"}], "relevant": ["b"]}] * 2
+    client = RegoloClient(base_url="local://", scorer=lambda _, documents: [0.5 for _ in documents])
+    assert evaluation_summary(evaluate(queries, client), thresholds=True)._repr_png_()[0].startswith(b"\x89PNG")
+
+
+def contrast(*colours: Any) -> float:
+    """Return the WCAG contrast of two colours."""
+    linear = [[((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 3295 for c in colour[:3]] for colour in colours]
+    low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [rank_changes(["a", "b"], ["b", "a"], "A title"), evaluation_summary(evaluation(variants=6), thresholds=True)],
+    ids=["ranks", "evaluation"],
+)
+@pytest.mark.parametrize("page", [WHITE, DARK])
+def test_a_chart_is_legible_on_any_page(figure: Picture, page: str) -> None:
+    """The background is transparent, also that of the stored image, and all text has a contrast of 3.9 or more."""
+    stored = Image.open(io.BytesIO(figure._repr_png_()[0])).convert("RGBA")
+    assert stored.getpixel((0, 0))[3] == 0  # type: ignore[index]  # red, green, blue and alpha
+    figure.savefig(written := io.BytesIO(), format="png")
+    assert Image.open(written).size == stored.size
+    page_colour = tuple(int(page[i : i + 2], 16) for i in (1, 3, 5))
+    for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize")):
+        colour = to_hex(text.get_color())  # type: ignore[attr-defined]  # a text
+        assert contrast(tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)), page_colour) >= 3.9
+
+
+def test_a_stored_chart_is_small_and_as_wide_as_a_readme() -> None:
+    """Notebooks are stored with their charts: at most 60 KB each, at two pixels for each one of the page."""
+    before = [f"candidate {index}" for index in range(30)]
+    image, place = rank_changes(before, before[::-1])._repr_png_()
+    assert len(image) < 60_000
+    assert place == {"width": 700}
+    assert Image.open(io.BytesIO(image)).width == 1400
+
+
+def test_a_notebook_shows_it_without_pyplot(tmp_path: Path) -> None:
+    """IPython gets an image from a process that never imported `pyplot`."""
+    subprocess.run([sys.executable, "-W", "error", "-c", IN_A_NOTEBOOK], check=True, cwd=tmp_path)  # noqa: S603 - our own command
+
+
+def test_the_error_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It appears when the module is imported."""
+    monkeypatch.delitem(sys.modules, "regolo_rerank.plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install .*\[evaluate\]"):
+        __import__("regolo_rerank.plot")
