@@ -42,7 +42,7 @@ _VARIANTS: Final = _BETTER, _WORSE, "#8a6fd1", "#0b8a66", "#b0558b", "#9a7400"
 
 # Inches: the chart, its lines between long labels, one row, and all rows together. Text of 9 points is then about 12
 # pixels high in a picture that is shown 700 pixels wide.
-_WIDTH, _NARROWEST, _ROW, _TALLEST = 7.0, 2.0, 0.22, 60.0
+_WIDTH, _NARROWEST, _ROW, _TALLEST = 7.0, 2.0, 0.22, 40.0
 _DPI: Final = 200
 _LABEL_COLUMNS: Final = 32
 
@@ -75,7 +75,9 @@ class Picture(Figure):
         # Notebooks are stored with their charts, and a palette takes a third of the bytes.
         full, small = BytesIO(), BytesIO()
         self.savefig(full, format="png", dpi=_DPI)
-        Image.open(full).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png")
+        Image.open(full).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+            small, "png", optimize=True
+        )
         return small.getvalue(), {"width": round(self.get_figwidth() * _DPI / 2)}
 
 
