@@ -75,9 +75,8 @@ class Picture(Figure):
         # Notebooks are stored with their charts, and a palette takes a third of the bytes.
         full, small = BytesIO(), BytesIO()
         self.savefig(full, format="png", dpi=_DPI)
-        Image.open(full).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-            small, "png", optimize=True
-        )
+        image = Image.open(full).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        image.save(small, "png", optimize=True)
         return small.getvalue(), {"width": round(self.get_figwidth() * _DPI / 2)}
 
 
@@ -189,7 +188,7 @@ def _read_candidate(item: Any, place: str) -> _Candidate:
     if hasattr(item, "node_id"):
         return _Candidate(item.get_content(), item.node_id, "", id(item), getattr(item, "score", None))
     if isinstance(item, Mapping) and isinstance(item.get("text"), str):
-        return _Candidate(item["text"], str(item["id"]) if "id" in item else None, "", id(item))
+        return _Candidate(item["text"], None if item.get("id") is None else str(item["id"]), "", id(item))
     kinds = "a string, a LangChain Document, a LlamaIndex node or a mapping with 'text'"
     raise InvalidInputError(f"{place}: must be {kinds}, got {type(item).__name__}")
 
@@ -228,9 +227,8 @@ def _match(before: list[_Candidate], after: list[_Candidate]) -> list[int]:
         for rank, candidate in enumerate(after):
             if rank not in found and free[key(candidate)]:
                 found[rank] = free[key(candidate)].popleft()
-    for rank in range(len(after)):
-        if rank not in found:
-            raise InvalidInputError(f"after[{rank}]: is not in before, or not as often")
+    if missing := [rank for rank in range(len(after)) if rank not in found]:
+        raise InvalidInputError(f"after[{missing[0]}]: is not in before, or not as often")
     return [found[rank] for rank in range(len(after))]
 
 
@@ -309,12 +307,10 @@ def _draw_gains(axes: Axes, variants: "list[tuple[str, Variant]]") -> None:
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel="gain with its 95% interval", title="Gain")
     if len(variants) == 1:
-        counts = {verdict: sum(each.verdict == verdict for each in every) for verdict in ("better", "worse")}
-        of = {0: "", len(every): "every measure"}
-        parts = [
-            f"{verdict} on {of.get(count, f'{count} of {len(every)}')}" for verdict, count in counts.items() if count
-        ]
-        axes.set_title(", ".join(parts).capitalize() or "No clear gain")
+        counts = {word: sum(each.verdict == word for each in every) for word in ("better", "worse")}
+        parts = [f"{word} on {count} of {len(every)}" for word, count in counts.items() if count]
+        title = ", ".join(parts).capitalize() or "No clear gain"
+        axes.set_title(title.replace(f"{len(every)} of {len(every)}", "every measure"))
 
 
 def _draw_kept(axes: Axes, variants: "list[tuple[str, Variant]]") -> list[Any]:
@@ -333,28 +329,27 @@ def _draw_kept(axes: Axes, variants: "list[tuple[str, Variant]]") -> list[Any]:
     axes.axhline(0.95, color=_GREY, linewidth=0.8, linestyle="dotted")
     axes.text(0, 0.955, " 95%", size=8)
     axes.set(xlim=(0, None), ylim=(0, 1.03), xlabel="documents kept (top_n)", ylabel="relevant candidates kept")
-    axes.set_title("Documents that keep 95%" if len(variants) > 1 else _title_kept(first.before, first.after))
+    title = "Documents that keep 95%"
+    if len(variants) == 1:
+        keep = "1 document keeps" if first.after == 1 else f"{first.after} documents keep"
+        title = f"{keep} " + (
+            f"what took {first.before}" if first.after < first.before else f"95%, {first.before} before"
+        )
+    axes.set_title(title)
     return lines
-
-
-def _title_kept(before: int, after: int) -> str:
-    documents, keep = ("1 document", "keeps") if after == 1 else (f"{after} documents", "keep")
-    if after < before:
-        return f"{documents} {keep} what took {before}"
-    return f"{documents} needed, as before" if after == before else f"{documents} needed, {before} before"
 
 
 def _draw_thresholds(axes: Axes, variants: "list[tuple[str, Variant]]") -> None:
     """Draw precision and recall over the threshold, or the F1 of several variants."""
-    for colour, variant in variants:
+    for index, (colour, variant) in enumerate(variants):
         looks = {"f1": colour} if len(variants) > 1 else {"precision": colour, "recall": _GREY}
         for name, look in looks.items():
-            x, y = ([getattr(each, field) for each in variant.thresholds] for field in ("threshold", name))
-            axes.plot(x, y, color=look, label=name)
+            y = [getattr(each, name) for each in variant.thresholds]
+            axes.plot([each.threshold for each in variant.thresholds], y, color=look, label=name)
         if variant.best_threshold:
-            axes.axvline(variant.best_threshold.threshold, color=colour, linestyle="dotted")
-    title = "F1"
+            x = variant.best_threshold.threshold
+            axes.axvline(x, color=colour, linestyle="dotted")
+            axes.text(x, 0.9 - 0.1 * index, f"best F1 at {x:.2f} ", ha="right", color=colour, weight="bold")
+    axes.set(ylim=(0, 1.03), xlabel="score_threshold", title="F1" if len(variants) > 1 else "Precision and recall")
     if len(variants) == 1:
         axes.legend()
-        title = f"Best F1 at {best.threshold:.2f}" if (best := variants[0][1].best_threshold) else "No best threshold"
-    axes.set(ylim=(0, 1.03), xlabel="score_threshold", title=title)
