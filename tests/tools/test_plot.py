@@ -1,5 +1,4 @@
 import io
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -132,10 +131,14 @@ TITLED_COPIES = [Document("same", metadata={"title": title, "relevance_score": 0
         ([TextNode(text=text) for text in "ab"], [NodeWithScore(node=TextNode(text=text)) for text in "ba"], [1, 0]),
         ([TextNode(text="same", id_=i) for i in "xy"], [NodeWithScore(node=TextNode(text="same", id_="y"))], [1]),
         ([{"text": "a", "id": 1}, {"text": "b"}], ["b", {"text": "a", "id": 1}], [1, 0]),
+        (DOCUMENTS, [RerankResult(1, 0.5, "title: two"), RerankResult(0, 0.25, "title: one")], [1, 0]),
     ],
 )
 def test_a_copy_is_recognised(before: list[Any], after: list[Any], expected: list[int]) -> None:
-    """The object itself comes first, then id, text and metadata, then id and text, then one of them."""
+    """The object itself comes first, then id, text and metadata, then id and text, then one of them.
+
+    Results have the index, since documents may have been ranked with their titles.
+    """
     assert order(rank_changes(before, after)) == expected
 
 
@@ -145,16 +148,6 @@ def test_scores_come_from_documents_and_nodes() -> None:
     for scored in (document, NodeWithScore(node=TextNode(text="a"), score=0.25)):
         assert rows(rank_changes(["a"], [scored]), 1)[1] == "1|0.25|a"
     assert rows(rank_changes(["a"], ["a"]), 1)[1] == "1|a"
-
-
-def test_no_copy_is_mistaken_for_another() -> None:
-    """Shuffled copies of 40 similar documents are found, each of them once."""
-    rng = random.Random(0)  # noqa: S311 - repeatable cases, no secrets
-    keys = [(rng.choice("abcd"), rng.choice([None, "1", "2", "3"])) for _ in range(40)]
-    kept = rng.sample(range(40), 30)
-    before = [Document(text, id=name) for text, name in keys]
-    found = order(rank_changes(before, [before[index].model_copy() for index in kept]))
-    assert [keys[index] for index in found] == [keys[index] for index in kept]
 
 
 @pytest.mark.parametrize(
@@ -176,12 +169,6 @@ def test_arguments_that_would_give_a_wrong_chart_are_errors(before: Any, after: 
     """The message names the argument."""
     with pytest.raises(InvalidInputError, match=message):
         rank_changes(before, after)
-
-
-def test_documents_may_be_ranked_with_their_titles() -> None:
-    """The indices of a response count, because its texts are not those of the documents."""
-    response = RerankResponse(results=[RerankResult(1, 0.5, "title: two"), RerankResult(0, 0.25, "title: one")])
-    assert order(rank_changes(DOCUMENTS, response)) == [1, 0]
 
 
 @pytest.mark.parametrize("width", ["narrow", "W" * 99])
