@@ -108,7 +108,7 @@ def test_one_candidate_is_in_colour(highlight: Any, expected: int) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_errors(arguments: Any, message: str) -> None:
-    """The message names the option."""
+    """The error is for that option."""
     with pytest.raises(InvalidInputError, match=message):
         rank_changes(DOCUMENTS, DOCUMENTS, **arguments)
 
@@ -166,7 +166,7 @@ def test_scores_come_from_documents_and_nodes() -> None:
     ],
 )
 def test_arguments_that_would_give_a_wrong_chart_are_errors(before: Any, after: Any, message: str) -> None:
-    """The message names the argument."""
+    """The error is for that argument."""
     with pytest.raises(InvalidInputError, match=message):
         rank_changes(before, after)
 
@@ -214,7 +214,7 @@ def test_hundreds_of_candidates_fit_into_a_png() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [([], []), (["a"], []), (["a"], ["a"])])
 def test_few_candidates_are_a_chart_too(before: list[str], after: list[str]) -> None:
-    """There may be none, and none may be kept."""
+    """So is an empty one."""
     figure = rank_changes(before, after)
     assert figure._repr_png_()[0].startswith(b"\x89PNG")
     assert len(moves(figure)) == len(before)
@@ -303,7 +303,7 @@ def test_variants_have_colours_of_their_own_and_a_legend() -> None:
 
 @pytest.mark.parametrize("relevant", ["a", "missed"])
 def test_the_result_of_evaluate_is_drawn(relevant: str) -> None:
-    """There is no best threshold if the retriever missed all relevant documents."""
+    """If the retriever missed all relevant documents, the best threshold is None."""
     queries = [{"query": "q", "documents": [{"id": "a", "text": "a"}], "relevant": [relevant]}] * 2
     client = RegoloClient(base_url="local://", scorer=lambda _, documents: [0.5 for _ in documents])
     assert evaluation_summary(evaluate(queries, client), thresholds=True)._repr_png_()[0].startswith(b"\x89PNG")
