@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Picture", "evaluation_summary", "rank_changes"]
 
-# The contrast of each colour is about 4.3 both on white and on GitHub's dark background, and more is impossible on both.
+# The contrast of each colour is about 4.3 on white and on GitHub's dark background, and no grey has more on both.
 _GREY: Final = "#747b84"
 _BETTER, _WORSE = "#0c8599", "#c2570c"
 _VARIANTS: Final = _BETTER, _WORSE, "#8a6fd1", "#0b8a66", "#b0558b", "#9a7400"
