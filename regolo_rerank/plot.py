@@ -90,7 +90,7 @@ class _Candidate(NamedTuple):
 
 def rank_changes(
     before: Iterable[Any],
-    after: Iterable[Any] | RerankResponse,
+    after: Iterable[Any] | RerankResponse[Any],
     title: str | None = None,
     highlight: int | str | None = None,
     *,

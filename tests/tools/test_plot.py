@@ -37,7 +37,7 @@ assert "matplotlib.pyplot" not in sys.modules
 """
 
 
-def ranked(before: list[Any], *kept: int) -> RerankResponse:
+def ranked(before: list[Any], *kept: int) -> RerankResponse[Any]:
     """Return the response of a reranker that kept these documents, with scores of 0.907, 0.407, -0.093 and so on."""
     return RerankResponse(results=[RerankResult(i, 0.907 - 0.5 * rank, before[i]) for rank, i in enumerate(kept)])
 
