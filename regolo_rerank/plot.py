@@ -106,8 +106,8 @@ def rank_changes(
             with `text`.
         after: The reranked candidates, or a `RerankResponse` or its results for the candidates in `before`.
         title: Title of the chart, such as the query.
-        highlight: Index in `before`, id or label of the candidate to draw in colour. The default is the candidate that
-            is first after reranking.
+        highlight: Index in `before`, id or label of the candidate to draw in colour. Several candidates may share an id
+            or a label. The default is the first candidate after reranking.
         labels: Names of the candidates, in the order of `before`. The default is the start of their texts.
 
     Returns:
@@ -132,7 +132,7 @@ def rank_changes(
         marked = [index for index, (candidate, name) in rows if highlight in (index, candidate.id, name)]
         if not marked:
             raise InvalidInputError(f"highlight: no candidate has the index, id or label {highlight!r}")
-    return _draw_changes([_shorten(name) for name in names], kept, marked[:1], title or "")
+    return _draw_changes([_shorten(name) for name in names], kept, marked, title or "")
 
 
 def evaluation_summary(evaluation: "Evaluation", *, thresholds: bool = False) -> Picture:

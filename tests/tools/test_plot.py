@@ -23,7 +23,7 @@ from regolo_rerank import InvalidInputError, RegoloClient, RerankResponse, Reran
 from regolo_rerank.evaluation import evaluate
 from regolo_rerank.plot import Picture, evaluation_summary, rank_changes
 
-VERDICTS = "better", "worse", "cannot tell"
+VERDICTS = "better", "worse", "inconclusive"
 GREY, TEAL, ORANGE = "#747b84", "#0c8599", "#c2570c"
 WHITE, DARK = "#ffffff", "#0d1117"  # GitHub's pages
 
@@ -255,7 +255,7 @@ def test_a_gain_stands_beside_a_zero_line_with_its_interval() -> None:
     [
         (["better"] * 2, "Better on every measure"),
         (VERDICTS, "Better on 1 of 3, worse on 1 of 3"),
-        (["cannot tell"], "No clear gain"),
+        (["inconclusive"], "No clear gain"),
     ],
 )
 def test_the_first_title_is_the_verdict(verdicts: Sequence[str], title: str) -> None:
