@@ -329,6 +329,7 @@ def _draw_kept(axes: Axes, variants: "list[tuple[str, Variant]]") -> list[Any]:
     axes.axhline(0.95, color=_GREY, linewidth=0.8, linestyle="dotted")
     axes.text(0, 0.955, " 95%", size=8)
     axes.set(xlim=(0, None), ylim=(0, 1.03), xlabel="documents kept (top_n)", ylabel="relevant candidates kept")
+    axes.locator_params(axis="x", integer=True)
     title = "Documents that keep 95%"
     if len(variants) == 1:
         keep = "1 document keeps" if first.after == 1 else f"{first.after} documents keep"
