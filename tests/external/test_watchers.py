@@ -56,6 +56,12 @@ URL: Final = f"{BASE_URL}/rerank"
 """What mocks answer for: there is no such server."""
 
 
+@pytest.fixture(params=["sync", "async"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """Both ways of calling."""
+    return str(request.param)
+
+
 # --- tracers ----------------------------------------------------------------------------------------------------------
 
 
