@@ -7,8 +7,7 @@ from typing import Final
 
 import pytest
 
-from regolo_rerank._wire.checks import API_KEY_VARIABLE
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
+from regolo_rerank.options import API_KEY_VARIABLE, BASE_URL_VARIABLE
 from tests.conftest import KEY
 from tests.support.stub import Stub, scored
 

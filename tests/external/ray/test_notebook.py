@@ -15,8 +15,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from regolo_rerank._wire.checks import API_KEY_VARIABLE
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
+from regolo_rerank.options import API_KEY_VARIABLE, BASE_URL_VARIABLE
 from tests.conftest import KEY
 from tests.external.ray.page import RECIPE
 from tests.support.stub import Stub

@@ -15,8 +15,7 @@ pytest.importorskip("psutil", reason="part of the extra [ray]")
 import psutil  # type: ignore[import-untyped, unused-ignore]  # its stubs are a package of their own
 
 from regolo_rerank import RegoloClient
-from regolo_rerank._wire.checks import API_KEY_VARIABLE
-from regolo_rerank._wire.endpoint import BASE_URL_VARIABLE
+from regolo_rerank.options import API_KEY_VARIABLE, BASE_URL_VARIABLE
 from tests.conftest import KEY
 from tests.external.ray.page import AGAIN, GROUPED, RECIPE
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored
@@ -195,7 +194,7 @@ def test_a_failed_query_fails_no_other_and_can_be_ranked_again(service: Stub) ->
     for row, good in zip(by_query(once), expected, strict=True):
         if row["query_id"] in poisoned:
             assert row["ranking"] is None
-            assert row["error"].startswith("BadRequestError('maximum context length")
+            assert row["error"].startswith("ContextLengthError('maximum context length")
         else:
             assert row == good
     assert {row["query_id"] for row in by_query(failed)} == poisoned
