@@ -20,6 +20,7 @@ from benchmarks.calls import all_results, top5
 from benchmarks.footprint import imports, memory
 from benchmarks.measured import Measured
 from benchmarks.server import Server
+from benchmarks.service import service
 from benchmarks.waiting import batches, burst, idle, sustained
 
 MEASURES: dict[str, Callable[..., Iterator[Measured]]] = {
@@ -27,6 +28,7 @@ MEASURES: dict[str, Callable[..., Iterator[Measured]]] = {
     "all": all_results,
     "burst": burst,
     "sustained": sustained,
+    "service": service,
     "batches": batches,
     "imports": imports,
     "idle": idle,

@@ -26,6 +26,7 @@ __all__ = [
     "ASYNC_FLOORS",
     "ASYNC_OURS",
     "ASYNC_PEERS",
+    "ASYNC_SERVICES",
     "FLOORS",
     "OURS",
     "PEERS",
@@ -264,6 +265,19 @@ def _postprocessor(make: Callable[[Job], BaseNodePostprocessor]) -> Subject:
     return opened
 
 
+def _async_postprocessor(make: Callable[[Job], BaseNodePostprocessor]) -> Subject:
+    @asynccontextmanager
+    async def opened(job: Job) -> AsyncIterator[Call]:
+        reranker, nodes = make(job), job.nodes
+
+        async def call() -> Sized:
+            return await reranker.apostprocess_nodes(nodes, query_str=job.query)
+
+        yield call
+
+    return opened
+
+
 FLOORS: dict[str, Subject] = {
     "http.client": _http_client,
     "aiohttp": _aiohttp,
@@ -287,6 +301,10 @@ PEERS: dict[str, Subject] = {
 }
 ASYNC_FLOORS: dict[str, Subject] = {"aiohttp": _aiohttp, "httpx": _async_httpx}
 ASYNC_OURS: dict[str, Subject] = {"RegoloClient, async": _async_regolo()}
+ASYNC_SERVICES: dict[str, Subject] = {
+    "LangChain RegoloRerank": _async_compressor(_regolo_langchain),
+    "LlamaIndex RegoloRerank": _async_postprocessor(_regolo_llama_index),
+}
 ASYNC_PEERS: dict[str, Subject] = {
     "LangChain CohereRerank": _async_compressor(_langchain_cohere),
     "LangChain NVIDIARerank": _async_compressor(_langchain_nvidia),
