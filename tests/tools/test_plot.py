@@ -338,6 +338,7 @@ def test_a_stored_chart_is_small_and_as_wide_as_a_readme() -> None:
 
 def test_a_notebook_shows_it_without_pyplot(tmp_path: Path) -> None:
     """IPython gets an image from a process that never imported `pyplot`."""
+    pytest.importorskip("IPython", reason="part of the extra [dev]")
     subprocess.run([sys.executable, "-W", "error", "-c", IN_A_NOTEBOOK], check=True, cwd=tmp_path)  # noqa: S603 - our own command
 
 
