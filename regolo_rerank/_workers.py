@@ -9,7 +9,6 @@ left behind is a daemon thread, and ends with its request.
 """
 
 import asyncio
-import functools
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
@@ -100,11 +99,18 @@ class _Threads:
 
     def _start_workers(self) -> None:
         while (job := self._take()) is not None:
-            work = functools.partial(copy_context().run, self._work, job)
-            try:
-                run_in_thread(work)
-            except RuntimeError:  # the system allows no further thread, so the caller's does the work
-                work()
+            self._start_worker(job)
+
+    def _start_worker(self, job: _Job) -> None:
+        context = copy_context()
+
+        def work() -> None:
+            context.run(self._work, job)
+
+        try:
+            run_in_thread(work)
+        except RuntimeError:  # the system allows no further thread, so the caller's does the work
+            work()
 
     def _take(self) -> _Job | None:
         with self._changed:
