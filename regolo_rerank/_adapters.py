@@ -29,7 +29,7 @@ class Outcome:
     """The outcome of a rerank that has not raised.
 
     Attributes:
-        response: The ranking; None if the input is returned instead.
+        response: The ranking, or None if the input is returned instead.
         report: What traces and events contain besides the documents.
     """
 
@@ -45,7 +45,7 @@ class AdapterOptions(Options):
     """
 
     top_n: Count | None = 5
-    """Number of documents to keep, at least 1; None keeps all."""
+    """Number of documents to keep, at least 1. None keeps all."""
 
     on_error: Literal["raise", "return_input"] = "raise"
     """What happens if reranking fails: "raise" raises the error. "return_input" returns the first `top_n` documents in
@@ -53,7 +53,7 @@ class AdapterOptions(Options):
     input raise in any case."""
 
     score_metadata_key: str | None = Field(default="relevance_score", min_length=1)
-    """Metadata key for the score; None leaves the metadata unchanged."""
+    """Metadata key for the score. None leaves the metadata unchanged."""
 
     _client: RegoloClient = PrivateAttr(default_factory=RegoloClient)
 
@@ -78,7 +78,7 @@ class AdapterOptions(Options):
         return self._client.with_options(self)
 
     def _fall_back(self, error: RegoloError, count: int) -> Outcome:
-        """Return the outcome of a failed call if the option `on_error` covers its error; raise the error otherwise."""
+        """Return the outcome of a failed call, or raise its error if the option `on_error` does not cover it."""
         if self.on_error == "raise" or not _is_covered(error):
             raise error
         kept = count if self.top_n is None else min(self.top_n, count)
@@ -91,7 +91,7 @@ class AdapterOptions(Options):
         return Outcome(None, report)
 
     def close(self) -> None:
-        """Close the connections of sync calls; the next call opens new ones."""
+        """Close the connections of sync calls. The next call opens new ones."""
         self._client.close()
 
     async def aclose(self) -> None:

@@ -46,7 +46,7 @@ class Batch:
 
 
 class Call:
-    """One query and its texts. Workers call `accept` and `fail`; the caller waits until `is_done`.
+    """One query and its texts. Workers call `accept` and `fail`. The caller waits until `is_done`.
 
     Args:
         settings: The settings of the call.
@@ -56,9 +56,9 @@ class Call:
         cache: The scores that are known for the query, if there is a cache.
 
     Attributes:
-        index: The position of the pair in `rerank_many`; None in other calls.
-        batches: The requests to send; empty if every score is known.
-        deadline: Monotonic time when `total_timeout` expires; None before the first request, or without a limit.
+        index: The position of the pair in `rerank_many`, or None in other calls.
+        batches: The requests to send, none if every score is known.
+        deadline: Monotonic time when `total_timeout` expires. It is None before the first request, and without a limit.
 
     Raises:
         InvalidInputError: The query alone is larger than `max_request_bytes`.
@@ -157,7 +157,7 @@ class Call:
             self.deadline = time.monotonic() + limit
 
     def seconds_left(self) -> float | None:
-        """Return the seconds until `total_timeout` expires; None without a limit."""
+        """Return the seconds until `total_timeout` expires, or None without a limit."""
         if self.deadline is None:
             return self.settings.options.total_timeout
         return max(0.0, self.deadline - time.monotonic())
@@ -171,7 +171,7 @@ class Call:
         """Check a reply and keep its scores.
 
         Raises:
-            APIStatusError: The status is not 2xx; the message says which option helps, if one does.
+            APIStatusError: The status is not 2xx. The message says which option helps, if one does.
             APIResponseError: The reply is not a valid ranking of the batch.
         """
         try:
@@ -322,7 +322,7 @@ def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[ran
     Args:
         sizes: The bytes of each text.
         max_count: Maximum number of texts in a range.
-        max_bytes: Maximum bytes of a range; a single larger text is a range of its own.
+        max_bytes: Maximum bytes of a range. A single larger text is a range of its own.
     """
     ends = [0, *accumulate(sizes)]
     full, start = [], 0

@@ -69,7 +69,7 @@ class Connections:
         self._pid = os.getpid()
         self._pools: dict[Endpoint, _Pool[httpx.Client]] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
-        # Created at most once for each object, because it takes 20 ms; a new object sees a changed SSL_CERT_FILE.
+        # Created at most once for each object, because it takes 20 ms. A new object sees a changed SSL_CERT_FILE.
         self._tls_context = functools.cache(_create_tls_context)
 
     def post(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
@@ -103,7 +103,7 @@ class Connections:
                 member.client.close()
 
     async def apost(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
-        """Send a request as `post` does; `seconds` limits the whole request."""
+        """Send a request as `post` does. `seconds` limits the whole request."""
         if settings.options.async_http_client is not None:
             return await _apost(settings.options.async_http_client, settings, body, seconds)
         pools = await self._loop_pools()
@@ -124,7 +124,7 @@ class Connections:
                 await member.client.aclose()
 
     def close(self) -> None:
-        """Close the connections of sync calls; requests in progress finish first."""
+        """Close the connections of sync calls. Requests in progress finish first."""
         pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.close()
@@ -187,7 +187,7 @@ class _Pool(Generic[C]):
         self._lock = threading.Lock()
 
     def take(self) -> _Member[C]:
-        """Return the least busy client, or a new one if all are busy; one more request is now in flight there."""
+        """Return the least busy client, or a new one if all are busy. One more request is now in flight there."""
         with self._lock:
             member = min(self._members, key=lambda member: member.in_flight, default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
@@ -339,7 +339,7 @@ class _ReplyReader:
         if not self.is_streaming:
             self._body += response.content
         elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
-            # An error is reported by its status; only a ranking would have to be read.
+            # An error can be reported by its status alone, but a ranking has to be read.
             self.is_streaming = False
             if 200 <= response.status_code < 300:
                 raise APIResponseError(
@@ -376,7 +376,7 @@ _PERMANENT: Final = {"InvalidURL", "LocalProtocolError", "StreamError", "Unsuppo
 
 
 def _translate(error: Exception, settings: Settings, seconds: float | None) -> RegoloError:
-    """Return our error for an exception of the HTTP client; raise it again if it comes from the caller's own code."""
+    """Return our error for an exception of the HTTP client. Raise it again if it comes from the caller's own code."""
     names = {base.__name__ for base in type(error).__mro__}
     host, words = settings.endpoint.host, redact(str(error), settings.key) or type(error).__name__
     if "TimeoutException" in names or isinstance(error, TimeoutError):

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class BlankQueryError(InvalidInputError):
-    """The query is blank; `on_error` of the adapters covers this, because agents do call tools with empty queries."""
+    """The query is blank. `on_error` of the adapters covers this, because agents do call tools with empty queries."""
 
 
 def check_pair(pair: object) -> tuple[Any, Any]:
@@ -59,10 +59,10 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
 
     Args:
         documents: N documents.
-        text: A field name (key of a mapping, or attribute), or a function of one document; None for strings.
+        text: A field name (key of a mapping, or attribute), or a function of one document, or None for strings.
 
     Raises:
-        InvalidInputError: A text is missing or not a string; the message names its position.
+        InvalidInputError: A text is missing or not a string. The message names its position.
     """
     if text is None:
         texts = documents

@@ -64,7 +64,7 @@ def show_report(report: dict[str, Any]) -> None:
 
 
 def _attributes(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report as attributes; spans omit those that are None."""
+    """Return a report as attributes. Spans omit those that are None."""
     values = {name: report[name] for name in ("response_id", "request_ids", "fallback")} | (report["usage"] or {})
     return {f"regolo_rerank.{name}": value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The Rerank API on the wire: JSON of a request; ranking, error and wait of a reply.
+"""The Rerank API on the wire: the JSON of a request, and the ranking, error or wait of a reply.
 
 The shapes are those of Regolo's API page and of recorded exchanges with LiteLLM in front of vLLM. SGLang, TEI and
 llama.cpp differ in details. The API key is redacted before a reply comes here.
@@ -46,11 +46,11 @@ class Ranking:
     Attributes:
         scores: The scores, in the server's order.
         id: The server's id of the reply.
-        model: The model that has answered; None if the server does not report it.
+        model: The model that has answered, or None if the server does not report it.
         meta: The `meta` field, unchanged.
         request_id: The gateway's id of the request.
-        total_tokens: Tokens as counted by the server; None if unknown.
-        cost: Cost as counted by the gateway; None if unknown.
+        total_tokens: Tokens as counted by the server, or None if unknown.
+        cost: Cost as counted by the gateway, or None if unknown.
     """
 
     scores: list[Score]
@@ -191,7 +191,7 @@ def _invalid(problem: str, reply: Reply, *, code: str | None = None, retryable: 
 
 
 def _read_error_in_success(body: dict[str, Any], reply: Reply) -> APIResponseError:
-    """Return the error for a 2xx that contains an error; one with a code of 4xx, except 408 and 429, is permanent."""
+    """Return the error for a 2xx that contains an error. One with a code of 4xx, except 408 and 429, is permanent."""
     details = _find_error(body)
     code = details.code
     retryable = code in {None, "408", "429"} or not str(code).startswith("4")
@@ -256,7 +256,7 @@ def _find_error(body: Any) -> _ErrorDetails:
 
 
 def _as_text(value: Any) -> str | None:
-    """Return a field of an error as text; LiteLLM writes "None" into empty ones."""
+    """Return a field of an error as text. LiteLLM writes "None" into empty ones."""
     if value is None or isinstance(value, bool) or value in ("", "None"):
         return None
     return str(replace_surrogates(value if isinstance(value, str) else json.dumps(value)))
@@ -283,7 +283,7 @@ _TRY_AGAIN: Final = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 
 
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
-    """Return the seconds that the server asks to wait, from a header or its message; None if it does not say."""
+    """Return the seconds that the server asks to wait, from a header or its message, or None if it does not say."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
     waits = [_read_number(headers.get("retry-after-ms"), 0.001), _read_number(headers.get("retry-after"))]
     if date := _parse_date(headers.get("retry-after", "")):

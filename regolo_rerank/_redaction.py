@@ -15,7 +15,7 @@ def redact(text: str, key: SecretStr | None) -> str:
 
     Args:
         text: A body, a header or a message.
-        key: The API key; one of less than 8 characters is not redacted.
+        key: The API key. One of less than 8 characters is not redacted.
     """
     secret = "" if key is None else key.get_secret_value()
     if len(secret) < _SHORTEST:

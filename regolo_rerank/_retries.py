@@ -28,11 +28,11 @@ _JITTER_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a request; the outcome is its reply, or the error that came instead.
+    """Send a request. The outcome is its reply, or the error that came instead.
 
     Attributes:
         body: The JSON of the request.
-        seconds: The time limit; None is none.
+        seconds: The time limit, or None.
     """
 
     body: bytes

@@ -21,11 +21,11 @@ __all__ = ["QueryCache", "SQLiteCache"]
 class SQLiteCache(MutableMapping[str, float]):
     """A mapping from strings to floats in an SQLite file, for the option `cache`.
 
-    Threads and processes of one machine may share the file. The last scores may be lost if the power fails; the file
+    Threads and processes of one machine may share the file. The last scores may be lost if the power fails. The file
     stays intact. Keep it on a local disk: SQLite's locks do not work on network drives.
 
     Args:
-        path: The file; created if it does not exist.
+        path: The file. It is created if it does not exist.
 
     Raises:
         sqlite3.Error: The file cannot be opened, or is not an SQLite database.

@@ -40,7 +40,7 @@ T = TypeVar("T")
 class _Default(float):
     """A default that differs from the same number given by the caller.
 
-    A timeout that is given applies to the caller's own HTTP client too; the default does not.
+    A timeout that is given also applies to the caller's own HTTP client, but the default does not.
     """
 
 
@@ -64,14 +64,14 @@ class RegoloClient:
     """Client of the Rerank API, for sync and async calls.
 
     Connections are opened with the first call and kept. They close with `close`, at the end of a `with` block, or when
-    the client is garbage-collected. `client.options` shows the options; assigning one takes effect at the next call.
+    the client is garbage-collected. `client.options` shows the options. Assigning one takes effect at the next call.
 
     Args:
-        api_key: API key. None reads the environment variable `REGOLO_API_KEY` at each call; "" sends no key.
+        api_key: API key. None reads the environment variable `REGOLO_API_KEY` at each call. "" sends no key.
         base_url: Server, with or without `/v1`, `/rerank` or a trailing slash. None reads the environment variable
             `REGOLO_BASE_URL`, else uses `https://api.regolo.ai`. `local://` is the offline scorer: no key, no network.
         model: Name of the reranking model.
-        top_n: Number of results to keep, at least 1; None keeps all.
+        top_n: Number of results to keep, at least 1. None keeps all.
         instruction: The task in one sentence, for prompt formats that use one.
         prompt_format: A preset name or a `PromptFormat`. "auto" is `tagged` for `Qwen3-Reranker*`, and `plain` for
             other models and for `local://`.
@@ -80,12 +80,12 @@ class RegoloClient:
         total_timeout: Seconds for a whole call: all requests, retries and waits. None means no limit.
         max_retries: Further attempts per request, at least 0.
         batch_size: Maximum number of documents per request.
-        max_request_bytes: Maximum bytes of JSON per request; a single longer document is sent alone.
+        max_request_bytes: Maximum bytes of JSON per request. A single longer document is sent alone.
         max_concurrency: Maximum number of concurrent requests per call.
         max_document_chars: Characters of a document that are scored. The caller's document is returned whole.
         long_documents: "cut" scores only the beginning of a longer document. "split" scores overlapping passages, and
             the document gets the score of the best one.
-        default_headers: Additional HTTP headers, such as a gateway's tags; never the key.
+        default_headers: Additional HTTP headers, such as a gateway's tags, but never the key.
         extra_body: Additional JSON fields of each request.
         allow_http: Allow sending the key over plain http to another machine.
         cache: Where scores are kept: the path of an SQLite file, or any mutable mapping from strings to floats.
@@ -148,7 +148,7 @@ class RegoloClient:
         """Return a client with other options that shares connections, cache and the pause after a 429.
 
         Args:
-            options: All options at once; None starts from the options of this client.
+            options: All options at once. None starts from the options of this client.
             **changes: Options to change, by name, as in the constructor.
 
         Raises:
@@ -204,10 +204,10 @@ class RegoloClient:
             The ranking: at most min(N, top_n) results, best first. Each result has the caller's own document.
 
         Raises:
-            InvalidInputError: An argument is wrong; nothing was sent.
+            InvalidInputError: An argument is wrong. Nothing was sent.
             MissingAPIKeyError: The server requires a key, and there is none.
-            APIConnectionError: The server could not be reached; `APITimeoutError` if it was too slow.
-            APIStatusError: The server answered with an error; the subclass tells which.
+            APIConnectionError: The server could not be reached. `APITimeoutError` means that it was too slow.
+            APIStatusError: The server answered with an error. The subclass tells which.
             APIResponseError: The reply is not a valid ranking.
         """
         settings = resolve(
@@ -367,14 +367,14 @@ class RegoloClient:
             return_exceptions: Yield errors in place of failed rankings. If False, the first error is raised, and the
                 pairs that were read ahead are dropped.
             **options: `top_n`, `model`, `instruction`, `score_threshold`, `total_timeout` and `extra_body`, as in
-                `rerank`; `total_timeout` applies to each pair, from the moment its first request could be sent.
+                `rerank`. `total_timeout` applies to each pair, from the moment its first request could be sent.
 
         Returns:
             A generator with one ranking per pair. Closing it stops the requests in progress.
 
         Raises:
             InvalidInputError: An argument is wrong (at once), or a pair (in its place).
-            RegoloError: As in `rerank`; `error.index` is the position of the pair.
+            RegoloError: As in `rerank`. `error.index` is the position of the pair.
         """
         settings = resolve(self._options, is_async=False, max_concurrency=max_concurrency, **options)
         _check_pairs(pairs, Iterable)
@@ -489,7 +489,7 @@ class RegoloClient:
         return self._pauses.get(owner) or self._pauses.setdefault(owner, Pause())
 
     def close(self) -> None:
-        """Close the connections of sync calls; the next call opens new ones."""
+        """Close the connections of sync calls. The next call opens new ones."""
         self._connections.close()
 
     async def aclose(self) -> None:
@@ -552,7 +552,7 @@ async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
 
 
 def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
-    """Return the ranking of one of many pairs; raise its error, or return it if the caller wants that."""
+    """Return the ranking of one of many pairs, or raise its error, or return the error if the caller wants that."""
     try:
         if isinstance(call, RegoloError):
             raise call

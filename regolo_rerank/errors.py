@@ -49,7 +49,7 @@ class RegoloError(Exception):
     """Base class of every error that a call raises.
 
     Attributes:
-        index (int | None): Position of the failed pair in `rerank_many`, from 0; None in other calls.
+        index (int | None): Position of the failed pair in `rerank_many`, from 0, or None in other calls.
         retryable (bool): Whether the same request may succeed later. The client has already retried it.
     """
 
@@ -58,7 +58,7 @@ class RegoloError(Exception):
 
 
 class InvalidInputError(RegoloError, ValueError):
-    """An argument was rejected before anything was sent; the message names it."""
+    """An argument was rejected before anything was sent. The message names it."""
 
 
 class MissingAPIKeyError(RegoloError, ValueError):
@@ -115,7 +115,7 @@ class BadRequestError(APIStatusError):
 
 
 class ContextLengthError(BadRequestError):
-    """The query or a document is longer than the model's context; the message names the longest text.
+    """The query or a document is longer than the model's context. The message names the longest text.
 
     Servers report this with different statuses (400, 413, 422, 500).
     """
@@ -130,7 +130,7 @@ class PermissionDeniedError(APIStatusError):
 
 
 class NotFoundError(APIStatusError):
-    """404: there is no rerank endpoint at this address; check `base_url`."""
+    """404: no rerank endpoint at this address. Check `base_url`."""
 
 
 class RateLimitError(APIStatusError):

@@ -252,7 +252,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return Outcome(response, report_ranking(response))
 
     def _attach_scores(self, documents: list[Document], outcome: Outcome) -> list[Document]:
-        """Return copies of the ranked documents with their scores; after a fallback, the first ones without a score."""
+        """Return copies of the ranked documents with their scores, or after a fallback the first ones without."""
         key = self.score_metadata_key
         if outcome.response is None:
             return [_without(document, key) for document in documents[: self.top_n]]
@@ -289,7 +289,7 @@ _CALL_OPTIONS: Final = ("top_n", "model", "instruction", "score_threshold", "tot
 
 
 class _CallOptions(BaseModel):
-    """Options of one call, as fields that `configurable_fields` can name; None uses the reranker's option."""
+    """Options of one call, as fields that `configurable_fields` can name. None uses the reranker's option."""
 
     top_n: Annotated[int | None, SkipValidation] = None
     model: Annotated[str | None, SkipValidation] = None
@@ -312,7 +312,7 @@ class _CallOptions(BaseModel):
 
 
 class RerankStep(_CallOptions, RunnableSerializable[Any, list[Document]]):
-    """A reranker as a step of an LCEL chain; see `RegoloRerank.as_runnable`."""
+    """A reranker as a step of an LCEL chain. See `RegoloRerank.as_runnable`."""
 
     reranker: RegoloRerank
     query_key: str
@@ -380,7 +380,7 @@ class RerankRetriever(_CallOptions, BaseRetriever):
         base_retriever: A retriever, or any runnable from a query to documents. It should return more documents than
             `top_n`, for example 50.
         reranker: The reranker.
-        k: Number of documents to keep; the same as `top_n`. None uses the reranker's `top_n`.
+        k: Number of documents to keep, the same as `top_n`. None uses the reranker's `top_n`.
 
     Raises:
         pydantic.ValidationError: An argument is unknown or has a wrong type.
@@ -456,14 +456,14 @@ def _copy(document: Document, metadata: dict[str, Any]) -> Document:
 
 
 def _without(document: Document, key: str | None) -> Document:
-    """Return a copy without an earlier score; the document itself if it has none."""
+    """Return a copy without an earlier score, or the document itself if it has none."""
     if key is None or key not in document.metadata:
         return document
     return _copy(document, {name: value for name, value in document.metadata.items() if name != key})
 
 
 def _write_value(value: Any) -> str:
-    """Return a metadata value as a person would write it; "" for a missing or empty one."""
+    """Return a metadata value as a person would write it, or "" for a missing or empty one."""
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(filter(None, map(_write_value, value)))
     if isinstance(value, float):

@@ -33,11 +33,11 @@ class RegoloReRankEndEvent(ReRankEndEvent):
     """LlamaIndex's `ReRankEndEvent` with usage and outcome added.
 
     Attributes:
-        response_id: The server's id of the first reply; None if there is none.
+        response_id: The server's id of the first reply, or None if there is none.
         request_ids: The gateway's id of each request that has one, for support.
-        usage: Tokens, requests and cost of all requests of the call; None if it failed.
+        usage: Tokens, requests and cost of all requests of the call, or None if it failed.
         fallback: Whether `on_error="return_input"` has returned the input.
-        error: The error of a call that failed or fell back; None otherwise.
+        error: The error of a call that failed or fell back, or None.
 
     Raises:
         pydantic.ValidationError: A field is missing or has a wrong type.
@@ -151,7 +151,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         return candidate.node.get_content(metadata_mode=self.metadata_mode)
 
     def _attach_scores(self, nodes: list[NodeWithScore], outcome: Outcome) -> list[NodeWithScore]:
-        """Return copies of the ranked nodes with their scores; after a fallback, the first ones without a score."""
+        """Return copies of the ranked nodes with their scores, or after a fallback the first ones without."""
         key = self.score_metadata_key
         if outcome.response is None:
             return [_without(candidate, key) for candidate in nodes[: self.top_n]]
@@ -205,7 +205,7 @@ def _add_keys(keys: list[str], further: Iterable[str]) -> list[str]:
 
 
 def _without(candidate: NodeWithScore, key: str | None) -> NodeWithScore:
-    """Return a copy without an earlier score in the metadata; the node itself if it has none."""
+    """Return a copy without an earlier score in the metadata, or the node itself if it has none."""
     if key is None or key not in candidate.node.metadata:
         return candidate
     metadata = {name: value for name, value in candidate.node.metadata.items() if name != key}

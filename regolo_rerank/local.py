@@ -1,7 +1,7 @@
 """The offline endpoint `local://`: an httpx transport that answers in this process, and the scorer behind it.
 
 The scorer compares meanings by static word vectors (WordLlama). The vectors are part of WordLlama's wheel, so nothing
-is ever downloaded. It ignores word order and is meant for first steps and for tests; a cross-encoder reads query and
+is ever downloaded. It ignores word order and is meant for first steps and for tests. A cross-encoder reads query and
 document together and ranks far better.
 """
 

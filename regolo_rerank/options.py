@@ -153,7 +153,7 @@ class Options(BaseModel):
     api_key: Annotated[
         SecretStr | str | None, BeforeValidator(_check_key), PlainSerializer(_dump_key, return_type=str | None)
     ] = None
-    """API key. None reads the environment variable `REGOLO_API_KEY` at each call; "" sends no key."""
+    """API key. None reads the environment variable `REGOLO_API_KEY` at each call. "" sends no key."""
 
     base_url: Annotated[str, AfterValidator(_check_base_url)] | None = None
     """Server, with or without `/v1`, `/rerank` or a trailing slash. None reads the environment variable
@@ -163,7 +163,7 @@ class Options(BaseModel):
     """Name of the reranking model."""
 
     top_n: Count | None = None
-    """Number of results to keep, at least 1; None keeps all."""
+    """Number of results to keep, at least 1. None keeps all."""
 
     instruction: Text = DEFAULT_INSTRUCTION
     """The task in one sentence, for prompt formats that use one. The default is the web search task of Regolo's
@@ -194,13 +194,13 @@ class Options(BaseModel):
     """Maximum number of documents per request."""
 
     max_request_bytes: Count = 1_000_000
-    """Maximum bytes of JSON per request; a single longer document is sent alone."""
+    """Maximum bytes of JSON per request. A single longer document is sent alone."""
 
     max_concurrency: Count = 4
     """Maximum number of concurrent requests per call."""
 
     max_document_chars: Count | None = None
-    """Characters of a document that are scored; see `long_documents` for longer ones. The caller's document is returned
+    """Characters of a document that are scored. See `long_documents` for longer ones. The caller's document is returned
     whole."""
 
     long_documents: Literal["cut", "split"] = "cut"
@@ -208,7 +208,7 @@ class Options(BaseModel):
     overlapping passages and takes the best one."""
 
     default_headers: Annotated[dict[str, str], AfterValidator(_check_headers)] | None = Field(default=None, repr=False)
-    """Additional HTTP headers, such as a gateway's tags; never the key."""
+    """Additional HTTP headers, such as a gateway's tags, but never the key."""
 
     extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = None
     """Additional JSON fields of each request."""
@@ -228,7 +228,7 @@ class Options(BaseModel):
     http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=False))]] = Field(
         default=None, exclude=True, repr=False
     )
-    """The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply; it is never closed. Its
+    """The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply. It is never closed. Its
     timeouts apply unless `timeout` is given."""
 
     async_http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=True))]] = Field(
@@ -237,7 +237,7 @@ class Options(BaseModel):
     """The caller's own `httpx.AsyncClient` for async calls."""
 
     user_agent: ClassVar[str] = f"regolo_rerank/{__version__}"
-    """The `User-Agent` of requests; adapters add their framework."""
+    """The `User-Agent` of requests. Adapters add their framework."""
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -359,10 +359,10 @@ class Settings:
     Attributes:
         options: A copy of the options, with the arguments of the call.
         endpoint: The address of the server.
-        key: The API key to send; None sends none.
+        key: The API key to send, or None to send none.
         prompt_format: The format that `prompt_format` selects.
         fields: Fields of each request besides model, query, documents and top_n.
-        timeout: Seconds per attempt; None if the caller's own client or only `total_timeout` limits it.
+        timeout: Seconds per attempt, or None if the caller's own client or only `total_timeout` limits it.
     """
 
     options: Options
@@ -379,7 +379,7 @@ def resolve(options: Options, *, is_async: bool, **arguments: Any) -> Settings:
     Args:
         options: The options of the client.
         is_async: Which of the caller's own HTTP clients applies.
-        **arguments: Arguments of the call, by option; None leaves the option unchanged.
+        **arguments: Arguments of the call, by option. None leaves the option unchanged.
 
     Raises:
         InvalidInputError: An argument or an environment variable is wrong, or options contradict each other.
@@ -394,7 +394,7 @@ def resolve(options: Options, *, is_async: bool, **arguments: Any) -> Settings:
     if options.scorer and options.cache is not None:
         raise InvalidInputError("cache: cannot tell the scores of two scorers apart; remove cache or scorer")
     prompt_format = _find_format(options, endpoint)
-    # Regolo documents this field; other servers may reject it. Substitutes are rejected in any case.
+    # Regolo documents this field. Other servers may reject it. Substitutes are rejected in any case.
     fields = {"disable_fallbacks": True} if endpoint.is_regolo else {}
     fields |= prompt_format.format_fields(options.instruction) | (options.extra_body or {})
     if options.instruction != DEFAULT_INSTRUCTION and not prompt_format.uses_instruction:

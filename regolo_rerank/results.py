@@ -42,7 +42,7 @@ class Usage:
     """Usage of one call, added up over its requests.
 
     Attributes:
-        total_tokens: Tokens as counted by the server; None if it does not report them, or reports 0.
+        total_tokens: Tokens as counted by the server, or None if it does not report them, or reports 0.
         requests: HTTP requests sent, retries included. Each counts against the rate limit of the API key.
         cost: Cost as counted by the gateway (header `x-litellm-response-cost`), without a currency. None if it does
             not report one, or reports 0, as it does for models without a price.
@@ -58,8 +58,8 @@ class RerankResponse(Generic[T]):
     """A ranking, best document first. Its length, items and slices are those of `results`.
 
     Attributes:
-        id: The server's id of the first reply; None if nothing was sent.
-        model: The model that produced the scores; None if the server did not report it.
+        id: The server's id of the first reply, or None if nothing was sent.
+        model: The model that produced the scores, or None if the server did not report it.
         results: The documents that were kept, by falling score. Documents with equal scores keep their input order.
         usage: Tokens, requests and cost of all requests of the call.
         request_ids: The gateway's id of each request that has one (header `x-litellm-call-id`), for support.
