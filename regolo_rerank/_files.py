@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn, cast
 
@@ -125,9 +126,9 @@ def read_id(value: Mapping[Any, Any]) -> str | int | None:
     if name is None:
         return None
     found = value[name]
-    if isinstance(found, bool) or not isinstance(found, str | int):
+    if isinstance(found, bool) or not isinstance(found, str | Integral):
         raise InvalidInputError(f'the id "{name}" must be a string or an integer, got {type(found).__name__}')
-    return found
+    return found if isinstance(found, str) else int(found)
 
 
 def read_rows(file: str | Path) -> Iterator[Row]:
