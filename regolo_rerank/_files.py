@@ -1,13 +1,7 @@
 """Reads the files that people have: JSON Lines, a JSON array or one text per line, compressed or not.
 
-The content decides, not the file's name:
-
-- If the first line that is not blank is a JSON object, the file is JSON Lines.
-- A JSON array of objects or strings is read as such.
-- Everything else is one text per line.
-
-    for document in read_documents("corpus.jsonl.gz"):
-        print(document.number, document.id, document.text)
+The content decides, not the file's name. If the first line that is not blank is a JSON object, the file is JSON Lines.
+A JSON array of objects or strings is read as such. Everything else is one text per line.
 """
 
 import codecs
@@ -17,27 +11,29 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn, cast
+from typing import Any, BinaryIO, Final, cast
 
 from regolo_rerank.errors import InvalidInputError
 
 __all__ = [
     "Document",
     "Row",
+    "decode_line",
     "open_binary",
     "parse_object",
     "read_document",
     "read_documents",
+    "read_id",
     "read_lines",
     "read_rows",
 ]
 
 ID_FIELDS: Final = "_id", "id", "docid", "doc_id"
-OTHER_TEXT_FIELDS: Final = "contents", "content", "page_content", "passage", "body", "document"
+OTHER_TEXT_FIELDS: Final = "text", "contents", "content", "page_content", "passage", "body", "document"
 SHAPE: Final = '{"id": "7", "title": "...", "text": "..."}'
 
 
@@ -58,13 +54,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document as people write it.
+    """A document of a file.
 
     Attributes:
         text: The text to score: the title, if there is one, a space, and the text.
         id: Its id as in the file, or None.
         title: Its title, or None.
-        number: Number of its line or element, from 1. 0 if it is not from a file.
+        number: Number of its row, or 0 if it is not from a file.
     """
 
     text: str
@@ -91,7 +87,7 @@ def read_documents(
             document = read_document(row.value, text_field=text_field, title_field=title_field)
         except InvalidInputError as error:
             raise InvalidInputError(f"{_name(file)}, {row.place}: {error}") from None
-        yield Document(document.text, document.id, document.title, row.number)
+        yield replace(document, number=row.number)
 
 
 def read_document(value: Any, *, text_field: str = "text", title_field: str | None = "title") -> Document:
@@ -105,11 +101,10 @@ def read_document(value: Any, *, text_field: str = "text", title_field: str | No
     if not isinstance(value, Mapping):
         kind = "" if value is None else f", got {type(value).__name__}"
         raise InvalidInputError(f"expected a text or an object like {SHAPE}{kind}")
-    text = value.get(text_field)
+    text, title = value.get(text_field), value.get(title_field) if title_field else None
     if not isinstance(text, str):
         raise InvalidInputError(_explain_missing_text(value, text_field))
-    title = value.get(title_field) if title_field else None
-    if title is not None and not isinstance(title, str):
+    if not isinstance(title, str | None):
         raise InvalidInputError(f'the title "{title_field}" must be a string, got {type(title).__name__}')
     if not title or not title.strip():
         return Document(text, read_id(value))
@@ -122,13 +117,15 @@ def read_id(value: Mapping[Any, Any]) -> str | int | None:
     Raises:
         InvalidInputError: The id is not a string or an integer.
     """
-    name = next((name for name in ID_FIELDS if value.get(name) is not None), None)
-    if name is None:
-        return None
-    found = value[name]
-    if isinstance(found, bool) or not isinstance(found, str | Integral):
-        raise InvalidInputError(f'the id "{name}" must be a string or an integer, got {type(found).__name__}')
-    return found if isinstance(found, str) else int(found)
+    for name in ID_FIELDS:
+        found = value.get(name)
+        if isinstance(found, Integral) and not isinstance(found, bool):
+            return int(found)
+        if not isinstance(found, str | None):
+            raise InvalidInputError(f'the id "{name}" must be a string or an integer, got {type(found).__name__}')
+        if found is not None:
+            return found
+    return None
 
 
 def read_rows(file: str | Path) -> Iterator[Row]:
@@ -138,29 +135,20 @@ def read_rows(file: str | Path) -> Iterator[Row]:
         InvalidInputError: The file cannot be read, or its JSON has another shape.
     """
     lines = ((number, line) for number, line in read_lines(file) if line.strip())
-    first = next(lines, None)
-    if first is None:
-        return
-    everything = chain([first], lines)
+    first = next(lines, (0, ""))
     if parse_object(first[1]) is not None:
-        for number, line in everything:
-            yield Row(number, parse_object(line), f"line {number}")
+        yield from (Row(number, parse_object(line), f"line {number}") for number, line in chain([first], lines))
         return
-    # A JSON array, or an object in several lines, must be read whole to tell it from text that begins with a bracket.
-    if first[1].lstrip()[0] in "[{":
-        collected = list(everything)
-        elements = _read_array("\n".join(line for _, line in collected), _name(file))
-        if elements is not None:
-            for number, element in enumerate(elements, 1):
-                yield Row(number, element, f"element {number}")
-            return
-        everything = chain(collected)
-    for number, line in everything:
-        yield Row(number, line, f"line {number}")
+    # A JSON array must be read whole to tell it from text that begins with a bracket.
+    rest = list(lines) if first[1].lstrip().startswith(("[", "{")) else lines
+    if isinstance(rest, list) and (elements := _read_array([first, *rest], _name(file))) is not None:
+        yield from (Row(number, element, f"element {number}") for number, element in enumerate(elements, 1))
+    elif first[0]:
+        yield from (Row(number, line, f"line {number}") for number, line in chain([first], rest))
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield each line of a UTF-8 file without its end, with its number from 1.
+    """Yield each line of a UTF-8 file with its number from 1.
 
     Raises:
         InvalidInputError: The file cannot be read, or is not UTF-8.
@@ -187,7 +175,7 @@ def decode_line(raw: bytes, number: int, name: str) -> str:
 
 
 @contextmanager
-def open_binary(file: str | Path) -> Iterator[IO[bytes]]:
+def open_binary(file: str | Path) -> Iterator[BinaryIO]:
     """Open a file to read its bytes, decompressed if they are gzip. "-" is standard input.
 
     Raises:
@@ -196,7 +184,7 @@ def open_binary(file: str | Path) -> Iterator[IO[bytes]]:
     try:
         with nullcontext(sys.stdin.buffer) if str(file) == "-" else Path(file).open("rb") as stream:
             compressed = cast("Any", stream).peek(2)[:2] == b"\x1f\x8b"
-            yield cast("IO[bytes]", gzip.GzipFile(fileobj=stream)) if compressed else stream
+            yield cast("BinaryIO", gzip.GzipFile(fileobj=stream) if compressed else stream)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise InvalidInputError(f"{_name(file)}: the gzip data is damaged or incomplete") from None
     except OSError as error:
@@ -212,34 +200,29 @@ def parse_object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_array(text: str, name: str) -> list[Any] | None:
+def _read_array(lines: list[tuple[int, str]], name: str) -> list[Any] | None:
     """Return the elements of a JSON array, or None if the text is not JSON."""
+    text = "\n".join(line for _, line in lines).strip()
     try:
-        value, end = json.JSONDecoder().raw_decode(text.lstrip())
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict):
-        _refuse_shape(name, "a JSON object in several lines")
-    if text.lstrip()[end:].strip():
+    if isinstance(value, list) and end < len(text):
         return None  # text such as "[1] First reference"
-    if not isinstance(value, list) or not all(isinstance(element, dict | str) for element in value):
-        _refuse_shape(name, "a JSON array with other elements than objects or strings")
-    return value
-
-
-def _refuse_shape(name: str, found: str) -> NoReturn:
+    if isinstance(value, list) and all(isinstance(element, dict | str) for element in value):
+        return value
     raise InvalidInputError(
-        f"{name} is {found}. Expected one object per line like {SHAPE}, a JSON array of objects or strings, or one "
-        "text per line"
+        f"{name} has JSON of an unexpected shape. Expected one object per line like {SHAPE}, a JSON array of objects "
+        "or strings, or one text per line"
     )
 
 
 def _explain_missing_text(value: Mapping[Any, Any], text_field: str) -> str:
-    if text_field in value:
+    if value.get(text_field) is not None:
         return f'the text "{text_field}" must be a string, got {type(value[text_field]).__name__}'
-    other = next((name for name in ("text", *OTHER_TEXT_FIELDS) if isinstance(value.get(name), str)), None)
-    if other:
-        return f'missing field "{text_field}". Is the text in "{other}"? Then set text_field to "{other}"'
+    for name in OTHER_TEXT_FIELDS:
+        if isinstance(value.get(name), str):
+            return f'missing field "{text_field}". Is the text in "{name}"? Then set text_field to "{name}"'
     names = ", ".join(f'"{name}"' for name in list(value)[:10]) or "none"
     return f'missing field "{text_field}" (fields: {names}). Expected a text or an object like {SHAPE}'
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,8 +27,7 @@ class Measure:
         difference: `after` minus `before`.
         low: Lower end of the 95 % interval of the difference, from a paired bootstrap over the queries (10,000 draws).
         high: Upper end of that interval.
-        verdict: "better" or "worse" if the interval excludes zero, else "inconclusive". Always "inconclusive" for
-            fewer than 10 queries.
+        verdict: "better" or "worse" if the interval excludes zero and there are at least 10 queries.
         queries_needed: Roughly how many queries would settle it at this difference (80 % power). None if it is settled
             or if the difference is zero.
     """
@@ -88,11 +88,10 @@ class QueryResult:
         query: Text of the query.
         before: Measures in the retriever's order. Empty if the query has no relevant document.
         after: Measures after reranking.
-        rank_before: Rank of the first relevant document, from 1. None if the retriever missed all of them.
+        rank_before: Rank of the first relevant document, from 1. None if no candidate is relevant.
         rank_after: The same after reranking.
         ranked: Document ids, best first. Indices as strings if the documents have no ids.
         scores: Their scores.
-        first: Text of the best document.
     """
 
     id: str
@@ -103,7 +102,6 @@ class QueryResult:
     rank_after: int | None
     ranked: list[str] = field(repr=False)
     scores: list[float] = field(repr=False)
-    first: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ class Variant:
         name: Name of the client.
         measures: Results by measure.
         over_first: First measure after reranking, compared with the first variant (`before`). None for the first one.
-        same_as: Name of an earlier variant with the same scores for all candidates. None if there is no such variant.
+        same_as: Name of an earlier variant with the same scores for all candidates, or None.
         top_n: How few documents are enough.
         thresholds: At most 101 thresholds, the highest first. Empty if no candidate is relevant.
         best_threshold: The threshold with the best F1.
@@ -175,43 +173,34 @@ class Evaluation:
     variants: list[Variant]
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a DataFrame with one row per variant and query: measures before and after, and ranks."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InvalidInputError("to_frame needs pandas: pip install pandas") from None
+        """Return a pandas DataFrame with one row per variant and query: measures before and after, and ranks."""
+        import pandas as pd
+
         rows = []
         for variant in self.variants:
             for result in variant.per_query:
                 row = {"variant": variant.name, "id": result.id, "query": result.query}
-                values = {
-                    f"{name} {when}": found.get(name)
-                    for name in variant.measures
-                    for when, found in (("before", result.before), ("after", result.after))
-                }
-                rows.append({**row, **values, "rank before": result.rank_before, "rank after": result.rank_after})
+                for name in variant.measures:
+                    row |= {f"{name} before": result.before.get(name), f"{name} after": result.after.get(name)}
+                rows.append(row | {"rank before": result.rank_before, "rank after": result.rank_after})
         return pd.DataFrame(rows)
 
     def save_per_query(self, path: str | Path) -> None:
-        """Write JSON Lines with one line per variant and query: measures before and after, ranked ids and scores."""
+        """Write JSON Lines with one line per variant and query: its `QueryResult`."""
         with Path(path).open("w", encoding="utf-8") as file:
             for variant in self.variants:
                 for result in variant.per_query:
                     file.write(json.dumps({"variant": variant.name, **asdict(result)}) + "\n")
 
     def save_run(self, path: str | Path) -> list[Path]:
-        """Write a TREC run per variant. With several variants, each file has the variant's name before its suffix.
-
-        Returns:
-            The files.
+        """Write a TREC run per variant and return the files. With several, each has the variant's name in its own name.
 
         Raises:
             InvalidInputError: An id contains a space, which the format does not allow.
         """
         files = []
         for variant in self.variants:
-            tag = re.sub(r"[^\w.-]+", "_", variant.name)
-            file = Path(path)
+            tag, file = re.sub(r"[^\w.-]+", "_", variant.name), Path(path)
             if len(self.variants) > 1:
                 file = file.with_name(f"{file.stem}.{tag}{file.suffix}")
             file.write_text("".join(_run_lines(variant, tag)), encoding="utf-8")
@@ -229,14 +218,12 @@ class Evaluation:
         return html(self)
 
 
-def _run_lines(variant: Variant, tag: str) -> list[str]:
-    lines = []
+def _run_lines(variant: Variant, tag: str) -> Iterator[str]:
     for result in variant.per_query:
         # trec_eval sorts by score in single precision and breaks ties by id. Scores that fall strictly keep our order.
-        previous = np.float32(np.inf)
-        for rank, (name, score) in enumerate(zip(result.ranked, result.scores, strict=True), 1):
+        score = np.float32(np.inf)
+        for rank, (name, exact) in enumerate(zip(result.ranked, result.scores, strict=True), 1):
             if len(f"{result.id} {name}".split()) != 2:
                 raise InvalidInputError(f'a TREC run cannot hold the ids "{result.id}" and "{name}": no spaces allowed')
-            previous = min(np.float32(score), np.nextafter(previous, np.float32(-np.inf)))
-            lines.append(f"{result.id} Q0 {name} {rank} {previous!s} {tag}\n")
-    return lines
+            score = min(np.float32(exact), np.nextafter(score, np.float32(-np.inf)))
+            yield f"{result.id} Q0 {name} {rank} {score!s} {tag}\n"

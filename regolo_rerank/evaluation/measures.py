@@ -11,14 +11,13 @@ from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.evaluation.figures import Measure
 from regolo_rerank.evaluation.queries import JudgedQuery
 
-__all__ = ["DEFAULT_MEASURES", "compare", "f1_at", "measure", "parse_measures", "recall_by_depth", "threshold_curve"]
+__all__ = ["DEFAULT_MEASURES", "Numbers", "compare", "f1_at", "measure", "parse_measures", "threshold_curve"]
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 DEFAULT_MEASURES: Final = "nDCG@10 MRR Recall@1 Recall@5 Recall@10"
 
-DRAWS: Final = 10_000
-DRAWS_AT_ONCE: Final = 100
+DRAWS: Final = 100  # of 100 samples each
 FEWEST_QUERIES: Final = 10  # with fewer, bootstrap intervals are too narrow
 POWER: Final = 1.96 + 0.84  # standard errors from zero for 95 % confidence and 80 % power
 CURVE_POINTS: Final = 100
@@ -37,72 +36,42 @@ def parse_measures(given: str | Iterable[Any]) -> dict[str, Any]:
             list(ir_measures.iter_calc([measures[str(name)]], {"0": {"0": 1}}, {"0": {"0": 1.0}}))
         except Exception as error:  # noqa: BLE001 - ir-measures raises NameError, AssertionError and others
             raise InvalidInputError(
-                f'measures: cannot compute "{name}" ({error}). Examples: nDCG@20 AP P@5. All measures: '
-                "https://ir-measur.es/en/latest/measures.html"
+                f'measures: cannot compute "{name}" ({error}). Examples: nDCG@20 AP P@5 (https://ir-measur.es)'
             ) from None
     if not measures:
         raise InvalidInputError("measures: give at least one, such as nDCG@10")
     return measures
 
 
-def measure(measures: dict[str, Any], queries: Sequence[JudgedQuery], orders: Sequence[Sequence[int]]) -> Numbers:
-    """Return a row for each query and a column for each measure.
-
-    Args:
-        measures: Measures by name.
-        queries: N queries, each with a relevant document.
-        orders: Indices of each query's candidates, best first.
-    """
+def measure(measures: dict[str, Any], queries: Sequence[JudgedQuery], rankings: Sequence[Sequence[str]]) -> Numbers:
+    """Return a row for each query and a column for each measure. A ranking is a list of document ids, best first."""
     qrels = {str(index): query.grades for index, query in enumerate(queries)}
     # Ranks take the place of scores, so that documents with equal scores stay in their order.
     run = {
-        str(index): {query.names[each]: 1 / rank for rank, each in enumerate(order, 1)}
-        for index, (query, order) in enumerate(zip(queries, orders, strict=True))
+        str(index): {name: 1 / rank for rank, name in enumerate(ranking, 1)} for index, ranking in enumerate(rankings)
     }
-    columns: dict[Any, list[int]] = {}
-    for column, each in enumerate(measures.values()):
-        columns.setdefault(each, []).append(column)
-    values = np.zeros((len(queries), len(measures)))
-    for value in ir_measures.iter_calc(list(columns), qrels, run):
-        values[int(value.query_id), columns[value.measure]] = value.value
-    return values
+    rows: dict[tuple[str, Any], float] = {
+        (value.query_id, value.measure): value.value
+        for value in ir_measures.iter_calc(list(measures.values()), qrels, run)
+    }
+    values = [[rows.get((query, each), 0.0) for each in measures.values()] for query in qrels]
+    return np.array(values).reshape(len(queries), len(measures))
 
 
 def compare(before: Numbers, after: Numbers) -> list[Measure]:
     """Return the comparison of each column, with a paired bootstrap over the N rows."""
-    change = after - before
-    random, means = np.random.default_rng(0), []
-    for _ in range(DRAWS // DRAWS_AT_ONCE):
-        draws = random.integers(len(change), size=(DRAWS_AT_ONCE, len(change)))
-        means.append(change[draws].mean(axis=1))
-    intervals = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T.tolist()
-    return [_compare(*columns) for columns in zip(before.T, after.T, intervals, strict=True)]
-
-
-def _compare(before: Numbers, after: Numbers, interval: list[float]) -> Measure:
-    change, (low, high) = after - before, interval
-    difference, enough = float(change.mean()), len(change) >= FEWEST_QUERIES
-    verdict: Any = "better" if enough and low > 0 else "worse" if enough and high < 0 else "inconclusive"
-    needed = None
-    if verdict == "inconclusive" and difference:
-        needed = max(FEWEST_QUERIES, len(change) + 1, math.ceil((POWER * change.std() / difference) ** 2))
-    return Measure(float(before.mean()), float(after.mean()), difference, low, high, verdict, needed)
-
-
-def recall_by_depth(queries: Sequence[JudgedQuery], orders: Sequence[Sequence[int]]) -> Numbers:
-    """Return the share of all relevant candidates among the first n of their query, for n from 1.
-
-    If no candidate is relevant, all shares are 1.
-    """
-    flags = [
-        [query.names[each] in query.relevant for each in order] for query, order in zip(queries, orders, strict=True)
-    ]
-    found = np.zeros(max(map(len, flags), default=0))
-    for row in flags:
-        found[: len(row)] += row
-    total = found.sum()
-    shares: Numbers = found.cumsum() / total if total else np.ones(len(found))
-    return shares
+    change, random = after - before, np.random.default_rng(0)
+    count = len(change)
+    draws = [change[random.integers(count, size=(100, count))].mean(axis=1) for _ in range(DRAWS)]
+    intervals = np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0).T.tolist()
+    found = []
+    for old, new, each, (low, high) in zip(before.T, after.T, change.T, intervals, strict=True):
+        difference, enough, needed = float(each.mean()), count >= FEWEST_QUERIES, None
+        verdict: Any = "better" if enough and low > 0 else "worse" if enough and high < 0 else "inconclusive"
+        if verdict == "inconclusive" and difference:
+            needed = max(FEWEST_QUERIES, count + 1, math.ceil((POWER * each.std() / difference) ** 2))
+        found.append(Measure(float(old.mean()), float(new.mean()), difference, low, high, verdict, needed))
+    return found
 
 
 def threshold_curve(scores: Numbers, relevant: Numbers) -> Numbers:

@@ -27,8 +27,7 @@ class JudgedQuery:
         place: Where it was found, for messages: "queries[3]" or "line 4".
         id: Its id, or its position in the input.
         query: Its text.
-        names: Ids of the candidates in the retriever's order, or their indices as strings.
-        documents: Texts of the candidates.
+        documents: Texts of the candidates by id, or by index as a string, in the retriever's order.
         grades: Grades by document id, including judged documents that were not retrieved. Below 1 is not relevant.
         relevant: Ids of the documents with a grade of at least 1.
         form: How the relevant documents are given: "labels", "ids", "indices", "grades by id" or "grades by index".
@@ -38,8 +37,7 @@ class JudgedQuery:
     place: str
     id: str
     query: str
-    names: list[str]
-    documents: list[str]
+    documents: dict[str, str]
     grades: dict[str, int]
     relevant: frozenset[str]
     form: str
@@ -149,8 +147,7 @@ def _read_query(line: Any, place: str, position: str, text_field: str, title_fie
         place=place,
         id=str(position if (id_ := read_id(line)) is None else id_),
         query=query,
-        names=list(texts),
-        documents=list(texts.values()),
+        documents=texts,
         grades=grades,
         relevant=frozenset(name for name, grade in grades.items() if grade >= 1),
         form=form,

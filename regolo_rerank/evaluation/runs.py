@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +25,6 @@ from regolo_rerank.evaluation.measures import (
     f1_at,
     measure,
     parse_measures,
-    recall_by_depth,
     threshold_curve,
 )
 from regolo_rerank.evaluation.queries import JudgedQuery, read_queries
@@ -85,15 +83,9 @@ def evaluate(
     parsed = parse_measures(measures)
     judged, skipped = read_queries(queries, text_field=text_field, title_field=title_field)
     runs: list[_Run] = []
-    variants: list[Variant] = []
     for name, client in named.items():
-        run = _Run(name, judged, parsed)
-        run.rank(client, show_progress=show_progress)
-        over_first = run.compare_with(runs[0]) if runs else None
-        same_as = next((each.name for each in runs if run.has_scores_of(each)), None)
-        variants.append(replace(run.summarise(), over_first=over_first, same_as=same_as))
-        runs.append(run)
-    found = sum(name in query.relevant for query in judged for name in query.names)
+        runs.append(_Run(name, judged, parsed, client, show_progress=show_progress))
+    found = sum(name in query.relevant for query in judged for name in query.documents)
     return Evaluation(
         queries=sum(bool(query.relevant) for query in judged),
         others=sum(not query.relevant for query in judged),
@@ -101,42 +93,48 @@ def evaluate(
         missed=1 - found / sum(len(query.relevant) for query in judged),
         forms=dict(Counter(query.form for query in judged)),
         skipped=skipped,
-        variants=variants,
+        variants=[run.summarise(runs[:index]) for index, run in enumerate(runs)],
     )
 
 
 class _Run:
     """One client's rankings of all queries.
 
-    Attributes:
-        responses: Rankings by the query's index.
-        failed: Errors by the query's place.
-        judged: Indices of the ranked queries with relevant documents. The rows of `before` and `after` belong to them.
-        before: Measures in the retriever's order, a row for each query.
-        after: Measures after reranking.
+    Raises:
+        RegoloError: An error that would hit every query, or the first error if no query could be ranked.
     """
 
-    def __init__(self, name: str, queries: Sequence[JudgedQuery], measures: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        queries: Sequence[JudgedQuery],
+        measures: dict[str, Any],
+        client: RegoloClient,
+        *,
+        show_progress: bool,
+    ) -> None:
         self.name = name
         self.queries = queries
         self.measures = measures
-        self.responses: dict[int, RerankResponse[str]] = {}
+        self.responses: dict[int, RerankResponse[str]] = {}  # by the query's index
         self.failed: dict[str, str] = {}
-        self.seconds = 0.0
-
-    def rank(self, client: RegoloClient, *, show_progress: bool) -> None:
-        """Rerank the queries and measure the rankings.
-
-        Raises:
-            RegoloError: An error that would hit every query, or the first error if no query could be ranked.
-        """
         started = time.perf_counter()
-        pairs = [(query.query, query.documents) for query in self.queries]
+        first_error = self._rerank(client, show_progress=show_progress)
+        self.seconds = time.perf_counter() - started
+        # The rows of `before` and `after` belong to the ranked queries with relevant documents.
+        self.rows = {index: row for row, index in enumerate(i for i in self.responses if queries[i].relevant)}
+        if not self.rows and first_error:
+            raise first_error
+        judged = [queries[index] for index in self.rows]
+        self.before = measure(measures, judged, [list(query.documents) for query in judged])
+        self.after = measure(measures, judged, [self._get_ranked(index) for index in self.rows])
+
+    def _rerank(self, client: RegoloClient, *, show_progress: bool) -> RegoloError | None:
+        first_error = None
+        pairs = [(query.query, list(query.documents.values())) for query in self.queries]
         everything = client.with_options(top_n=None, score_threshold=None)
-        first_error: RegoloError | None = None
         with closing(everything.rerank_many(pairs, return_exceptions=True)) as outcomes:
-            shown = _show_progress(outcomes, self.name, len(pairs)) if show_progress else outcomes
-            for index, outcome in enumerate(shown):
+            for index, outcome in enumerate(_track(outcomes, self.name, len(pairs)) if show_progress else outcomes):
                 if isinstance(outcome, HOPELESS):
                     raise outcome
                 if isinstance(outcome, RegoloError):
@@ -144,49 +142,23 @@ class _Run:
                     self.failed[self.queries[index].place] = str(outcome)
                 else:
                     self.responses[index] = outcome
-        self.seconds = time.perf_counter() - started
-        self.judged = [index for index in self.responses if self.queries[index].relevant]
-        if not self.judged and first_error:
-            raise first_error
-        queries = [self.queries[index] for index in self.judged]
-        self.orders_before = [range(len(query.names)) for query in queries]
-        self.orders_after = [[result.index for result in self.responses[index]] for index in self.judged]
-        self.before = measure(self.measures, queries, self.orders_before)
-        self.after = measure(self.measures, queries, self.orders_after)
+        return first_error
 
-    def compare_with(self, first: "_Run") -> Measure | None:
-        """Return the first measure after reranking, compared with another run on the queries that both ranked."""
-        both = [index for index in self.judged if index in first.responses]
-        if not both:
-            return None
-        before, after = (np.array([run.after[run.judged.index(index)] for index in both]) for run in (first, self))
-        return compare(before, after)[0]
-
-    def has_scores_of(self, other: "_Run") -> bool:
-        """Return whether both runs gave the same scores to all candidates."""
-        if self.responses.keys() != other.responses.keys():
-            return False
-        scores = [
-            [result.relevance_score for index in run.responses for result in _in_input_order(run.responses[index])]
-            for run in (self, other)
-        ]
-        return bool(np.allclose(scores[0], scores[1], rtol=0, atol=SAME_SCORE))
-
-    def summarise(self) -> Variant:
-        """Return the results, without the comparison with other runs."""
-        thresholds = self._compute_thresholds()
+    def summarise(self, earlier: Sequence["_Run"]) -> Variant:
+        """Return the results, compared with those of earlier runs."""
+        curve = _find_thresholds(*self._get_scores(self.responses))
         usages = [response.usage for response in self.responses.values()]
         tokens = [usage.total_tokens for usage in usages if usage.total_tokens is not None]
         costs = [usage.cost for usage in usages if usage.cost is not None]
         return Variant(
             name=self.name,
             measures=dict(zip(self.measures, compare(self.before, self.after), strict=True)),
-            over_first=None,
-            same_as=None,
-            top_n=self._compute_top_n(),
-            thresholds=thresholds,
-            best_threshold=max(thresholds, key=lambda each: each.f1, default=None),
-            held_out_f1=self._compute_held_out_f1(),
+            over_first=self._compare_with(earlier[0]) if earlier else None,
+            same_as=next((run.name for run in earlier if self._has_scores_of(run)), None),
+            top_n=self._find_top_n(),
+            thresholds=curve,
+            best_threshold=max(curve, key=lambda each: each.f1, default=None),
+            held_out_f1=self._cross_validate(),
             per_query=[self._describe(index) for index in self.responses],
             failed=self.failed,
             requests=sum(usage.requests for usage in usages),
@@ -195,97 +167,88 @@ class _Run:
             seconds=self.seconds,
         )
 
-    def _compute_top_n(self) -> TopN:
-        queries = [self.queries[index] for index in self.judged]
-        recall_before = recall_by_depth(queries, self.orders_before)
-        recall_after = recall_by_depth(queries, self.orders_after)
-        # 19 of 20 is a share of 0.95, even if binary fractions are a little below it.
-        before, after = (
-            int(np.searchsorted(recall, KEPT_SHARE - 1e-9)) + 1 if len(recall) else 0
-            for recall in (recall_before, recall_after)
-        )
-        return TopN(
-            before=before,
-            after=after,
-            characters_before=_mean_characters(queries, self.orders_before, before),
-            characters_after=_mean_characters(queries, self.orders_after, after),
-            recall_before=recall_before.tolist(),
-            recall_after=recall_after.tolist(),
-        )
+    def _get_ranked(self, index: int) -> list[str]:
+        names = list(self.queries[index].documents)
+        return [names[result.index] for result in self.responses[index]]
 
-    def _collect_scores(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
-        """Return the scores of all candidates of some queries, and a one for each relevant candidate."""
+    def _get_scores(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
+        """Return the scores of the candidates of some queries, and a one for each relevant candidate."""
         pairs = [
-            (result.relevance_score, float(query.names[result.index] in query.relevant))
+            (result.relevance_score, float(name in self.queries[index].relevant))
             for index in indices
-            for query in [self.queries[index]]
-            for result in self.responses[index]
+            for name, result in zip(self._get_ranked(index), self.responses[index], strict=True)
         ]
         scores, relevant = np.array(pairs).reshape(-1, 2).T
         return scores, relevant
 
-    def _compute_thresholds(self) -> list[Threshold]:
-        scores, relevant = self._collect_scores(self.responses)
-        if not relevant.any():
-            return []
-        return [Threshold(*row) for row in threshold_curve(scores, relevant).tolist()]
+    def _compare_with(self, first: "_Run") -> Measure | None:
+        """Return the first measure after reranking in two runs, on the queries that both ranked."""
+        if not (both := [index for index in self.rows if index in first.rows]):
+            return None
+        before, after = (run.after[[run.rows[index] for index in both]] for run in (first, self))
+        return compare(before[:, :1], after[:, :1])[0]
 
-    def _compute_held_out_f1(self) -> float | None:
-        halves = [self._collect_scores(list(self.responses)[start::2]) for start in (0, 1)]
+    def _has_scores_of(self, other: "_Run") -> bool:
+        scores = [
+            {(index, each.index): each.relevance_score for index, found in run.responses.items() for each in found}
+            for run in (self, other)
+        ]
+        same = scores[0].keys() == scores[1].keys()
+        return same and all(abs(score - scores[1][key]) <= SAME_SCORE for key, score in scores[0].items())
+
+    def _find_top_n(self) -> TopN:
+        queries = [self.queries[index] for index in self.rows]
+        sides = []
+        for rankings in (
+            [list(query.documents) for query in queries],
+            [self._get_ranked(index) for index in self.rows],
+        ):
+            found = np.zeros(max(map(len, rankings)))
+            for query, ranking in zip(queries, rankings, strict=True):
+                found[: len(ranking)] += [name in query.relevant for name in ranking]
+            recall = found.cumsum() / found.sum() if found.any() else np.ones(len(found))
+            # 19 of 20 is a share of 0.95, even if binary fractions are a little below it.
+            top_n = int(np.searchsorted(recall, KEPT_SHARE - 1e-9)) + 1 if len(recall) else 0
+            texts = (
+                query.documents[name]
+                for query, ranking in zip(queries, rankings, strict=True)
+                for name in ranking[:top_n]
+            )
+            sides.append((top_n, sum(map(len, texts)) / len(queries), recall.tolist()))
+        before, after = sides
+        return TopN(before[0], after[0], before[1], after[1], before[2], after[2])
+
+    def _cross_validate(self) -> float | None:
+        halves = [self._get_scores(list(self.responses)[start::2]) for start in (0, 1)]
         if not all(relevant.any() for _, relevant in halves):
             return None
-        values = []
-        for chosen, checked in (halves, halves[::-1]):
-            curve = threshold_curve(*chosen)
-            values.append(f1_at(curve[curve[:, 3].argmax(), 0], *checked))
-        return sum(values) / 2
+        best = [max(_find_thresholds(*half), key=lambda each: each.f1).threshold for half in halves]
+        return (f1_at(best[0], *halves[1]) + f1_at(best[1], *halves[0])) / 2
 
     def _describe(self, index: int) -> QueryResult:
-        query, results = self.queries[index], self.responses[index].results
-        ranked = [query.names[result.index] for result in results]
-        before: dict[str, float] = {}
-        after: dict[str, float] = {}
-        if query.relevant:
-            row = self.judged.index(index)
-            before = dict(zip(self.measures, self.before[row].tolist(), strict=True))
-            after = dict(zip(self.measures, self.after[row].tolist(), strict=True))
-        return QueryResult(
-            id=query.id,
-            query=query.query,
-            before=before,
-            after=after,
-            rank_before=_find_rank(query, query.names),
-            rank_after=_find_rank(query, ranked),
-            ranked=ranked,
-            scores=[result.relevance_score for result in results],
-            first=query.documents[results[0].index] if results else "",
+        query, ranked, row = self.queries[index], self._get_ranked(index), self.rows.get(index)
+        before, after = (
+            {} if row is None else dict(zip(self.measures, values[row].tolist(), strict=True))
+            for values in (self.before, self.after)
         )
+        rank_before, rank_after = (
+            next((rank for rank, name in enumerate(names, 1) if name in query.relevant), None)
+            for names in (query.documents, ranked)
+        )
+        scores = [result.relevance_score for result in self.responses[index]]
+        return QueryResult(query.id, query.query, before, after, rank_before, rank_after, ranked, scores)
 
 
-def _show_progress(outcomes: Iterator[Any], name: str, total: int) -> Iterator[Any]:
+def _find_thresholds(scores: Numbers, relevant: Numbers) -> list[Threshold]:
+    return [Threshold(*row) for row in threshold_curve(scores, relevant).tolist()] if relevant.any() else []
+
+
+def _track(outcomes: Iterator[Any], name: str, total: int) -> Iterator[Any]:
+    """Yield outcomes with a progress bar on a terminal and in a notebook."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import track
 
     console = Console(stderr=True)
     hidden = not console.is_terminal and not console.is_jupyter
-    with closing(
-        track(outcomes, escape(name), total=total, console=console, transient=True, disable=hidden)  # type: ignore[type-var]
-    ) as shown:
-        yield from shown
-
-
-def _in_input_order(response: RerankResponse[str]) -> list[Any]:
-    return sorted(response, key=lambda result: result.index)
-
-
-def _mean_characters(queries: Sequence[JudgedQuery], orders: Sequence[Sequence[int]], top_n: int) -> float:
-    """Return the mean length of the first documents of a query together."""
-    lengths = [
-        len(query.documents[each]) for query, order in zip(queries, orders, strict=True) for each in order[:top_n]
-    ]
-    return sum(lengths) / len(queries)
-
-
-def _find_rank(query: JudgedQuery, ranked: Sequence[str]) -> int | None:
-    return next((rank for rank, name in enumerate(ranked, 1) if name in query.relevant), None)
+    yield from track(outcomes, escape(name), total=total, console=console, transient=True, disable=hidden)
