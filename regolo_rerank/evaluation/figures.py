@@ -179,7 +179,7 @@ class Evaluation:
         rows = []
         for variant in self.variants:
             for result in variant.per_query:
-                row = {"variant": variant.name, "id": result.id, "query": result.query}
+                row: dict[str, object] = {"variant": variant.name, "id": result.id, "query": result.query}
                 for name in variant.measures:
                     row |= {f"{name} before": result.before.get(name), f"{name} after": result.after.get(name)}
                 rows.append(row | {"rank before": result.rank_before, "rank after": result.rank_after})
@@ -189,8 +189,8 @@ class Evaluation:
         """Write JSON Lines with one line per variant and query: its `QueryResult`."""
         with Path(path).open("w", encoding="utf-8") as file:
             for variant in self.variants:
-                for result in variant.per_query:
-                    file.write(json.dumps({"variant": variant.name, **asdict(result)}) + "\n")
+                lines = ({"variant": variant.name, **asdict(result)} for result in variant.per_query)
+                file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
     def save_run(self, path: str | Path) -> list[Path]:
         """Write a TREC run per variant and return the files. With several, each has the variant's name in its own name.

@@ -43,8 +43,8 @@ def parse_measures(given: str | Iterable[Any]) -> dict[str, Any]:
     return measures
 
 
-def measure(measures: dict[str, Any], queries: Sequence[JudgedQuery], rankings: Sequence[Sequence[str]]) -> Numbers:
-    """Return a row for each query and a column for each measure. A ranking is a list of document ids, best first."""
+def measure(measures: dict[str, Any], queries: Sequence[JudgedQuery], rankings: Sequence[Iterable[str]]) -> Numbers:
+    """Return a row for each query and a column for each measure. A ranking has document ids, best first."""
     qrels = {str(index): query.grades for index, query in enumerate(queries)}
     # Ranks take the place of scores, so that documents with equal scores stay in their order.
     run = {

@@ -28,10 +28,9 @@ class JudgedQuery:
         id: Its id, or its position in the input.
         query: Its text.
         documents: Texts of the candidates by id, or by index as a string, in the retriever's order.
-        grades: Grades by document id, including judged documents that were not retrieved. Below 1 is not relevant.
+        grades: Grades by document id, including judged documents that were not retrieved.
         relevant: Ids of the documents with a grade of at least 1.
         form: How the relevant documents are given: "labels", "ids", "indices", "grades by id" or "grades by index".
-        may_be_labels: Whether the indices could also be one label of 0 or 1 per document.
     """
 
     place: str
@@ -41,18 +40,17 @@ class JudgedQuery:
     grades: dict[str, int]
     relevant: frozenset[str]
     form: str
-    may_be_labels: bool = False
+
+    @property
+    def may_have_labels(self) -> bool:
+        """Whether its indices could also be one label of 0 or 1 per document."""
+        return len(self.grades) == len(self.documents) > 1 and self.grades.keys() <= {"0", "1"}
 
 
 def read_queries(
     lines: Iterable[Any], *, text_field: str, title_field: str | None
 ) -> tuple[list[JudgedQuery], dict[str, str]]:
     """Return the usable queries, and the problem of each other one by its place.
-
-    Args:
-        lines: Mappings, or the rows of a file.
-        text_field: Field of a document with its text.
-        title_field: Field of a document with its title.
 
     Raises:
         InvalidInputError: More than half of the queries are unusable, the relevant documents are ambiguous, or no
@@ -63,32 +61,28 @@ def read_queries(
             f"queries: expected a list of queries, got {type(lines).__name__}. "
             "evaluation.from_pairs makes one from a DataFrame"
         )
-    queries: list[JudgedQuery] = []
+    queries: dict[str, JudgedQuery] = {}
     skipped: dict[str, str] = {}
-    places: dict[str, str] = {}
     for index, line in enumerate(lines):
-        place, value = (line.place, line.value) if isinstance(line, Row) else (f"queries[{index}]", line)
+        row = line if isinstance(line, Row) else Row(index, line, f"queries[{index}]")
         try:
-            query = _read_query(value, place, str(index), text_field, title_field)
-            if query.id in places:
-                raise InvalidInputError(f'the id "{query.id}" is already used by {places[query.id]}')  # noqa: TRY301
+            query = _read_query(row, str(index), text_field, title_field)
         except AmbiguousError as error:
-            raise AmbiguousError(f"{place}: {error}") from None
+            raise AmbiguousError(f"{row.place}: {error}") from None
         except InvalidInputError as error:
-            skipped[place] = str(error)
-        else:
-            places[query.id] = place
-            queries.append(query)
+            skipped[row.place] = str(error)
+            continue
+        if queries.setdefault(query.id, query) is not query:
+            skipped[row.place] = f'the id "{query.id}" is already used by {queries[query.id].place}'
     if len(skipped) > len(queries):
-        raise InvalidInputError(
-            f"{len(skipped)} of {len(skipped) + len(queries)} queries are unusable. {list_problems(skipped)}"
-        )
-    if not any(query.relevant for query in queries):
+        total = len(skipped) + len(queries)
+        raise InvalidInputError(f"{len(skipped)} of {total} queries are unusable. {list_problems(skipped)}")
+    if not any(query.relevant for query in queries.values()):
         raise InvalidInputError("no query has a relevant document, so there is nothing to measure")
-    by_index = [query for query in queries if query.form == "indices"]
-    if by_index and all(query.may_be_labels for query in by_index):
+    by_index = [query for query in queries.values() if query.form == "indices"]
+    if by_index and all(query.may_have_labels for query in by_index):
         raise AmbiguousError(f'{by_index[0].place}: "relevant" could hold indices or labels. {SUGGEST_LABELS}')
-    return queries, skipped
+    return list(queries.values()), skipped
 
 
 def list_problems(problems: Mapping[str, str]) -> str:
@@ -113,58 +107,47 @@ def as_list(value: Any, name: str) -> list[Any]:
     raise InvalidInputError(f"{name}: expected a list, got {type(value).__name__}{hint}")
 
 
-def _read_query(line: Any, place: str, position: str, text_field: str, title_field: str | None) -> JudgedQuery:
+def _read_query(row: Row, position: str, text_field: str, title_field: str | None) -> JudgedQuery:
+    line: Any = row.value
     if not isinstance(line, Mapping):
         got = "" if line is None else f", got {type(line).__name__}"
         raise InvalidInputError(f'expected an object with "query", "documents" and "relevant" or "labels"{got}')
-    if missing := [name for name in ("query", "documents") if line.get(name) is None]:
-        raise InvalidInputError(f'missing field "{missing[0]}"')
-    given = [name for name in ("relevant", "labels") if line.get(name) is not None]
-    if len(given) != 1:
-        raise InvalidInputError(
-            'has both "relevant" and "labels", keep one' if given else 'missing field "relevant" or "labels"'
-        )
-    query = line["query"]
+    given = {name: line[name] for name in ("query", "documents", "relevant", "labels") if line.get(name) is not None}
+    for fields in (["query"], ["documents"], ["relevant", "labels"]):
+        if not given.keys() & set(fields):
+            raise InvalidInputError("missing field " + " or ".join(f'"{field}"' for field in fields))
+    if len(given) > 3:
+        raise InvalidInputError('has both "relevant" and "labels", keep one')
+    query = given["query"]
     if not isinstance(query, str) or not query.strip():
         raise InvalidInputError("query: must be a string that is not blank")
-    documents = _read_documents(line["documents"], text_field, title_field)
-    by_id = not documents or documents[0].id is not None
+    documents = _read_documents(given["documents"], text_field, title_field)
     names = [str(index if document.id is None else document.id) for index, document in enumerate(documents)]
-    if given == ["labels"]:
-        form, grades = "labels", _grade_labels(as_list(line["labels"], "labels"), names)
-    elif isinstance(line["relevant"], Mapping):
-        form = "grades by id" if by_id else "grades by index"
-        grades = {_name(name): _grade(grade, f"relevant[{name!r}]") for name, grade in line["relevant"].items()}
+    by_id = not documents or documents[0].id is not None
+    if "labels" in given:
+        form, grades = "labels", _grade_labels(as_list(given["labels"], "labels"), names)
     else:
-        form, grades = "ids" if by_id else "indices", _grade_relevant(as_list(line["relevant"], "relevant"))
+        form, grades = _grade_relevant(given["relevant"], by_id=by_id)
     if not by_id and (unknown := grades.keys() - set(names)):
         raise InvalidInputError(f"relevant: {min(unknown)} is not an index of the {len(names)} documents")
     texts: dict[str, str] = {}
     for name, document in zip(names, documents, strict=True):
         if texts.setdefault(name, document.text) != document.text:
             raise InvalidInputError(f'documents: two different texts have the id "{name}"')
-    return JudgedQuery(
-        place=place,
-        id=str(position if (id_ := read_id(line)) is None else id_),
-        query=query,
-        documents=texts,
-        grades=grades,
-        relevant=frozenset(name for name, grade in grades.items() if grade >= 1),
-        form=form,
-        may_be_labels=form == "indices" and len(grades) == len(names) > 1 and grades.keys() <= {"0", "1"},
-    )
+    found = frozenset(name for name, grade in grades.items() if grade >= 1)
+    id_ = read_id(line)
+    return JudgedQuery(row.place, position if id_ is None else str(id_), query, texts, grades, found, form)
 
 
 def _read_documents(given: Any, text_field: str, title_field: str | None) -> list[Document]:
-    documents = []
+    documents: list[Document] = []
     for index, value in enumerate(as_list(given, "documents")):
         try:
             documents.append(read_document(value, text_field=text_field, title_field=title_field))
         except InvalidInputError as error:
             raise InvalidInputError(f"documents[{index}]: {error}") from None
-    if len({document.id is None for document in documents}) > 1:
-        index = next(index for index, document in enumerate(documents) if document.id is None)
-        raise InvalidInputError(f"documents[{index}]: missing id, but other documents have one")
+        if (documents[index].id is None) != (documents[0].id is None):
+            raise InvalidInputError(f"documents[{index}]: either all documents must have an id or none")
     return documents
 
 
@@ -177,11 +160,16 @@ def _grade_labels(labels: list[Any], names: list[str]) -> dict[str, int]:
     return grades
 
 
-def _grade_relevant(given: list[Any]) -> dict[str, int]:
-    names = [_name(entry) for entry in given]
-    if len(set(names)) < len(names) and not any(isinstance(entry, str) for entry in given):
-        raise AmbiguousError(f"relevant: {given} repeats an index. {SUGGEST_LABELS}")
-    return dict.fromkeys(names, 1)
+def _grade_relevant(given: Any, *, by_id: bool) -> tuple[str, dict[str, int]]:
+    """Return how the relevant documents are given, and their grades."""
+    if isinstance(given, Mapping):
+        grades = {_name(name): _grade(grade, f"relevant[{name!r}]") for name, grade in given.items()}
+        return "grades by id" if by_id else "grades by index", grades
+    entries = as_list(given, "relevant")
+    names = [_name(entry) for entry in entries]
+    if len(set(names)) < len(names) and not any(isinstance(entry, str) for entry in entries):
+        raise AmbiguousError(f"relevant: {entries} repeats an index. {SUGGEST_LABELS}")
+    return "ids" if by_id else "indices", dict.fromkeys(names, 1)
 
 
 def _grade(value: Any, place: str) -> int:

@@ -1,14 +1,14 @@
 """Reads judged queries from BEIR folders, TREC files and DataFrames."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import ir_measures
 import numpy as np
 
-from regolo_rerank._files import read_document, read_lines, read_rows
+from regolo_rerank._files import read_documents, read_lines
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.evaluation.queries import as_list
 
@@ -70,23 +70,27 @@ def read_trec(
     Raises:
         InvalidInputError: A file is missing or malformed, or an id has no text.
     """
-    judged = _read_qrels(qrels)
-    questions = _read_texts(queries, set(judged))
-    _require(judged.keys() - questions.keys(), "queries", qrels, queries)
+    judged: dict[str, dict[str, int]] = {}
+    for qrel in _parse(qrels, _parse_qrel, "query-id 0 document-id grade"):
+        judged.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+    questions = _read_texts(queries, set(judged), qrels)
     if run is None:
-        texts = _read_texts(corpus, None, text_field, title_field)
+        texts = _read_texts(corpus, None, qrels, text_field, title_field)
         ids, search = list(texts), bm25_search(list(texts.values()), CANDIDATES)
         ranked = {query: [ids[index] for index in search(questions[query])] for query in judged}
     else:
-        ranked = {query: found for query, found in _read_run(run).items() if query in judged}
-        wanted = {document for found in ranked.values() for document in found}
-        texts = _read_texts(corpus, wanted, text_field, title_field)
-        _require(wanted - texts.keys(), "documents", run, corpus)
+        scored: dict[str, list[tuple[np.float32, str]]] = {query: [] for query in judged}
+        for entry in _parse(run, ir_measures.read_trec_run, "query-id Q0 document-id rank score tag"):
+            if entry.query_id in scored:
+                scored[entry.query_id].append((np.float32(entry.score), entry.doc_id))
+        # trec_eval compares scores in single precision and breaks ties by id.
+        ranked = {query: [name for _, name in sorted(found, reverse=True)] for query, found in scored.items()}
+        texts = _read_texts(corpus, {name for names in ranked.values() for name in names}, run, text_field, title_field)
     return [
         {
             "id": query,
             "query": questions[query],
-            "documents": [{"id": document, "text": texts[document]} for document in ranked.get(query, [])],
+            "documents": [{"id": name, "text": texts[name]} for name in ranked[query]],
             "relevant": grades,
         }
         for query, grades in judged.items()
@@ -148,60 +152,39 @@ def _find(file: Path) -> Path:
     return compressed if compressed.exists() and not file.exists() else file
 
 
-def _require(missing: set[str], what: str, source: str | Path, file: str | Path) -> None:
-    if missing:
-        raise InvalidInputError(f'{file}: {len(missing):,} {what} of {source} are missing, such as "{min(missing)}"')
-
-
-def _read_qrels(file: str | Path) -> dict[str, dict[str, int]]:
-    grades: dict[str, dict[str, int]] = {}
-    for number, line in read_lines(file):
-        fields = line.split("\t")
-        if not line.strip() or (number == 1 and len(fields) == 3 and not fields[2].strip().lstrip("-").isdigit()):
-            continue  # blank, or the heading of a BEIR file
-        try:
-            if len(fields) == 3:
-                grades.setdefault(fields[0], {})[fields[1]] = int(fields[2])
-            else:
-                (qrel,) = ir_measures.read_trec_qrels(f"{line}\n")  # type: ignore[no-untyped-call]
-                grades.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-        except ValueError:
-            raise InvalidInputError(f'{file}, line {number}: expected "query-id 0 document-id grade"') from None
-    return grades
-
-
-def _read_run(file: str | Path) -> dict[str, list[str]]:
-    """Return the document ids of each query in the order of trec_eval: by score in single precision, then by id."""
-    scored: dict[str, list[tuple[np.float32, str]]] = {}
+def _parse(file: str | Path, parse: Callable[[str], Iterator[Any]], shape: str) -> Iterator[Any]:
     for number, line in read_lines(file):
         try:
-            for entry in ir_measures.read_trec_run(f"{line}\n"):  # type: ignore[no-untyped-call]
-                scored.setdefault(entry.query_id, []).append((np.float32(entry.score), entry.doc_id))
+            yield from parse(f"{line}\n")
         except ValueError:
-            raise InvalidInputError(
-                f'{file}, line {number}: expected "query-id Q0 document-id rank score tag"'
-            ) from None
-    return {query: [document for _, document in sorted(found, reverse=True)] for query, found in scored.items()}
+            raise InvalidInputError(f'{file}, line {number}: expected "{shape}"') from None
+
+
+def _parse_qrel(line: str) -> Iterator[Any]:
+    fields = line.split("\t")
+    if len(fields) == 3:  # BEIR, with a heading
+        line = "\n" if fields[0] == "query-id" else "\t".join([fields[0], "0", *fields[1:]])
+    found: Iterator[Any] = ir_measures.read_trec_qrels(line)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _read_texts(
-    file: str | Path, wanted: set[str] | None, text_field: str = "text", title_field: str | None = "title"
+    file: str | Path,
+    wanted: set[str] | None,
+    source: str | Path,
+    text_field: str = "text",
+    title_field: str | None = None,
 ) -> dict[str, str]:
-    """Return texts by id, only the wanted ones."""
+    """Return the texts of the wanted ids of another file, or all texts."""
     texts = {}
-    for row in read_rows(file):
-        if isinstance(row.value, str) and "\t" in row.value:
-            name, _, text = row.value.partition("\t")
-        else:
-            try:
-                document = read_document(row.value, text_field=text_field, title_field=title_field)
-            except InvalidInputError as error:
-                raise InvalidInputError(f"{file}, {row.place}: {error}") from None
-            if document.id is None:
-                raise InvalidInputError(
-                    f'{file}, {row.place}: missing id. Expected JSON with "_id", or an id and a tab'
-                )
-            name, text = str(document.id), document.text
+    for document in read_documents(file, text_field=text_field, title_field=title_field):
+        name, text = str(document.id), document.text
+        if document.id is None:
+            name, tab, text = text.partition("\t")
+            if not tab:
+                raise InvalidInputError(f'{file}, line {document.number}: expected JSON with "_id", or an id and a tab')
         if wanted is None or name in wanted:
             texts[name] = text
+    if wanted and (missing := wanted - texts.keys()):
+        raise InvalidInputError(f'{file}: no text for {len(missing):,} ids of {source}, such as "{min(missing)}"')
     return texts

@@ -21,26 +21,50 @@ CHARACTERS_PER_TOKEN: Final = 4
 
 
 class _Table(NamedTuple):
-    """A table with its headings in the first row. The first and the last column hold words, the others numbers."""
-
     title: str
-    rows: list[list[str]]
-    last_is_words: bool = True
+    rows: list[list[str]]  # the first one has the headings
+
+    def holds_words(self, column: int) -> bool:
+        """Whether a column holds words, which are aligned to the left, or numbers."""
+        return self.rows[0][column] in {"", "verdict", "query"}
 
 
 def text(evaluation: Evaluation) -> str:
     """Return the report as text in 80 columns."""
-    return "\n\n".join(
-        "\n".join(_align(part)) if isinstance(part, _Table) else textwrap.fill(part, COLUMNS)
-        for part in _report(evaluation)
-    )
+    parts = (_align(part) if isinstance(part, _Table) else textwrap.fill(part, COLUMNS) for part in _report(evaluation))
+    return "\n\n".join(parts)
 
 
 def html(evaluation: Evaluation) -> str:
     """Return the report as HTML in the colours of the page."""
-    return "\n".join(
-        _format_html(part) if isinstance(part, _Table) else f"<p>{escape(part)}</p>" for part in _report(evaluation)
-    )
+    parts = (_mark_up(part) if isinstance(part, _Table) else f"<p>{escape(part)}</p>" for part in _report(evaluation))
+    return "\n".join(parts)
+
+
+def _align(table: _Table) -> str:
+    widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
+    lines = [table.title] if table.title else []
+    for row in table.rows:
+        cells = [
+            cell.ljust(widths[column]) if table.holds_words(column) else cell.rjust(widths[column])
+            for column, cell in enumerate(row)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _mark_up(table: _Table) -> str:
+    lines = ['<table cellpadding="5" style="color:inherit">']
+    if table.title:
+        lines.append(f'<caption style="text-align:left">{escape(table.title)}</caption>')
+    for number, row in enumerate(table.rows):
+        tag = "td" if number else "th"
+        sides = ["left" if table.holds_words(column) else "right" for column in range(len(row))]
+        cells = [
+            f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for side, cell in zip(sides, row, strict=True)
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</table>"])
 
 
 def _report(evaluation: Evaluation) -> Iterator[_Table | str]:
@@ -49,67 +73,60 @@ def _report(evaluation: Evaluation) -> Iterator[_Table | str]:
     if len(variants) > 1:
         yield from _compare_variants(variants)
     for variant in variants:
-        yield _tabulate_measures(variant, _clean(variant.name, NAME_COLUMNS) if len(variants) > 1 else "")
+        rows = [["", "before", "after", "difference", "95% interval", "verdict"]]
+        for name, each in variant.measures.items():
+            means = f"{each.before:.3f}", f"{each.after:.3f}", f"{each.difference:+.3f}"
+            rows.append([_clean(name, NAME_COLUMNS), *means, _format_interval(each), _format_verdict(each)])
+        yield _Table(_clean(variant.name, NAME_COLUMNS) if len(variants) > 1 else "", rows)
         yield " ".join(_describe_savings(variant))
         main, changes = next(iter(variant.measures)), variant.changes
-        better = [change for change in changes if change.after[main] > change.before[main]]
-        worse = [change for change in reversed(changes) if change.after[main] < change.before[main]]
-        if better:
+        if better := [change for change in changes if change.after[main] > change.before[main]]:
             yield _tabulate_changes("Most improved (rank of the first relevant document):", better)
-        if worse:
+        if worse := [change for change in reversed(changes) if change.after[main] < change.before[main]]:
             yield _tabulate_changes("Most degraded:", worse)
 
 
 def _describe_input(evaluation: Evaluation) -> Iterator[str]:
     total = evaluation.queries + evaluation.others
-    forms = ", ".join(form if count == total else f"{form} ({count:,})" for form, count in evaluation.forms.items())
-    yield f"{total:,} queries, {evaluation.documents:,} candidates, relevant documents read as {forms}."
+    forms = [form if count == total else f"{form} ({count:,})" for form, count in evaluation.forms.items()]
+    yield f"{total:,} queries, {evaluation.documents:,} candidates, relevant documents read as {', '.join(forms)}."
     if evaluation.others:
         yield f"{evaluation.others:,} queries have no relevant document and count for the threshold only."
     # Only ids can name documents that are not among the candidates.
     if {"ids", "grades by id"} & evaluation.forms.keys():
-        if evaluation.missed:
-            share = "less than 1%" if evaluation.missed < 0.005 else f"{evaluation.missed:.0%}"
-            yield f"The retriever missed {share} of the relevant documents; no reranker can recover those."
-        else:
-            yield "The retriever found every relevant document."
+        share = "less than 1%" if evaluation.missed < 0.005 else f"{evaluation.missed:.0%}"
+        yield (
+            f"The retriever missed {share} of the relevant documents; no reranker can recover those."
+            if evaluation.missed
+            else "The retriever found every relevant document."
+        )
     if evaluation.skipped:
         count = len(evaluation.skipped)
         yield f"Skipped {count:,} of {total + count:,} queries: {_clean(list_problems(evaluation.skipped))}."
 
 
 def _compare_variants(variants: Sequence[Variant]) -> Iterator[_Table | str]:
-    names = list(variants[0].measures)
+    names, first = list(variants[0].measures), variants[0]
     for start in range(0, len(names), MEASURES_PER_TABLE):
         shown = names[start : start + MEASURES_PER_TABLE]
-        rows = [["", *shown], ["before", *(f"{variants[0].measures[name].before:.3f}" for name in shown)]]
-        rows += [
-            [_clean(each.name, NAME_COLUMNS), *(f"{each.measures[name].after:.3f}" for name in shown)]
-            for each in variants
-        ]
-        yield _Table("", rows, last_is_words=False)
+        rows = [["", *shown], ["before", *(f"{first.measures[name].before:.3f}" for name in shown)]]
+        for each in variants:
+            rows += [[_clean(each.name, NAME_COLUMNS), *(f"{each.measures[name].after:.3f}" for name in shown)]]
+        yield _Table("", rows)
     for variant in variants[1:]:
-        name = _clean(variant.name)
         if variant.same_as is not None:
             yield (
-                f"{name} and {_clean(variant.same_as)}: identical scores for all candidates, so both variants send the "
-                'same requests or the server ignores the difference. (The prompt format "plain" ignores the '
-                "instruction.)"
+                f"{_clean(variant.name)} and {_clean(variant.same_as)}: identical scores for all candidates, so both "
+                'variants send the same requests or the server ignores the difference. (The prompt format "plain" '
+                "ignores the instruction.)"
             )
         elif over := variant.over_first:
-            yield (
-                f"{name} compared with {_clean(variants[0].name)}: {names[0]} {over.difference:+.3f} "
-                f"({over.low:+.3f} to {over.high:+.3f}), {_format_verdict(over)}."
-            )
+            compared = f"{names[0]} {over.difference:+.3f} ({_format_interval(over)}), {_format_verdict(over)}"
+            yield f"{_clean(variant.name)} compared with {_clean(first.name)}: {compared}."
 
 
-def _tabulate_measures(variant: Variant, title: str) -> _Table:
-    rows = [["", "before", "after", "difference", "95% interval", "verdict"]]
-    for name, each in variant.measures.items():
-        interval = f"{each.low:+.3f} to {each.high:+.3f}"
-        values = f"{each.before:.3f}", f"{each.after:.3f}", f"{each.difference:+.3f}", interval
-        rows.append([_clean(name, NAME_COLUMNS), *values, _format_verdict(each)])
-    return _Table(title, rows)
+def _format_interval(measure: Measure) -> str:
+    return f"{measure.low:+.3f} to {measure.high:+.3f}"
 
 
 def _format_verdict(measure: Measure) -> str:
@@ -140,10 +157,8 @@ def _describe_savings(variant: Variant) -> Iterator[str]:
 
 
 def _tabulate_changes(title: str, changes: Sequence[QueryResult]) -> _Table:
-    rows = [
-        [f"{change.rank_before} -> {change.rank_after}", _clean(change.query, QUERY_COLUMNS)]
-        for change in changes[:SHOWN_CHANGES]
-    ]
+    shown = changes[:SHOWN_CHANGES]
+    rows = [[f"{each.rank_before} -> {each.rank_after}", _clean(each.query, QUERY_COLUMNS)] for each in shown]
     return _Table(title, [["rank", "query"], *rows])
 
 
@@ -153,36 +168,3 @@ def _clean(given: str, columns: int = 2_000) -> str:
     shown = Text(" ".join(printable.split()))
     shown.truncate(columns, overflow="ellipsis")
     return shown.plain
-
-
-def _align(table: _Table) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
-    lines = [table.title] if table.title else []
-    for row in table.rows:
-        cells = [
-            cell.ljust(width) if _holds_words(table, column) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _format_html(table: _Table) -> str:
-    def format_row(row: list[str], tag: str) -> str:
-        sides = ["left" if _holds_words(table, column) else "right" for column in range(len(row))]
-        cells = (
-            f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(row, sides, strict=True)
-        )
-        return f"<tr>{''.join(cells)}</tr>"
-
-    head, *rows = table.rows
-    caption = f'<caption style="text-align:left">{escape(table.title)}</caption>\n' if table.title else ""
-    body = "\n".join(format_row(row, "td") for row in rows)
-    return (
-        f'<table cellpadding="5" style="color:inherit">\n{caption}<thead>{format_row(head, "th")}</thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table>"
-    )
-
-
-def _holds_words(table: _Table, column: int) -> bool:
-    return column == 0 or (table.last_is_words and column == len(table.rows[0]) - 1)

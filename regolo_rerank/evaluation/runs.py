@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from regolo_rerank._files import Row
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.errors import (
     AuthenticationError,
@@ -28,7 +29,9 @@ from regolo_rerank.evaluation.measures import (
     threshold_curve,
 )
 from regolo_rerank.evaluation.queries import JudgedQuery, read_queries
-from regolo_rerank.results import RerankResponse
+
+if TYPE_CHECKING:
+    from regolo_rerank.results import Usage
 
 __all__ = ["evaluate"]
 
@@ -40,7 +43,7 @@ HOPELESS: Final = AuthenticationError, MissingAPIKeyError, NotFoundError, Permis
 
 
 def evaluate(
-    queries: Iterable[Mapping[str, Any]],
+    queries: Iterable[Mapping[str, Any] | Row],
     clients: RegoloClient | Mapping[str, RegoloClient],
     *,
     measures: str | Iterable[Any] = DEFAULT_MEASURES,
@@ -77,14 +80,14 @@ def evaluate(
         RegoloError: The server rejects the key, the model or the address, or all queries fail. A query that fails
             alone is excluded and reported in `Variant.failed`.
     """
-    named = {"reranked": clients} if isinstance(clients, RegoloClient) else clients
+    named: Any = {"reranked": clients} if isinstance(clients, RegoloClient) else clients
     if not isinstance(named, Mapping) or not named:
         raise InvalidInputError('clients: expected a client, or several by name such as {"a": client_a, "b": client_b}')
     parsed = parse_measures(measures)
     judged, skipped = read_queries(queries, text_field=text_field, title_field=title_field)
-    runs: list[_Run] = []
-    for name, client in named.items():
-        runs.append(_Run(name, judged, parsed, client, show_progress=show_progress))
+    runs = [_Run(name, judged, parsed) for name in named]
+    for run in runs:
+        run.rerank(named[run.name], show_progress=show_progress)
     found = sum(name in query.relevant for query in judged for name in query.documents)
     return Evaluation(
         queries=sum(bool(query.relevant) for query in judged),
@@ -98,39 +101,30 @@ def evaluate(
 
 
 class _Run:
-    """One client's rankings of all queries.
+    """One client's scores for all queries.
 
-    Raises:
-        RegoloError: An error that would hit every query, or the first error if no query could be ranked.
+    Attributes:
+        scores: Scores by document id, best first, by the query's index.
+        rows: Row of a ranked query with relevant documents in `before` and `after`, by the query's index.
+        before: Measures in the retriever's order.
+        after: Measures after reranking.
     """
 
-    def __init__(
-        self,
-        name: str,
-        queries: Sequence[JudgedQuery],
-        measures: dict[str, Any],
-        client: RegoloClient,
-        *,
-        show_progress: bool,
-    ) -> None:
+    def __init__(self, name: str, queries: Sequence[JudgedQuery], measures: dict[str, Any]) -> None:
         self.name = name
         self.queries = queries
         self.measures = measures
-        self.responses: dict[int, RerankResponse[str]] = {}  # by the query's index
+        self.scores: dict[int, dict[str, float]] = {}
         self.failed: dict[str, str] = {}
-        started = time.perf_counter()
-        first_error = self._rerank(client, show_progress=show_progress)
-        self.seconds = time.perf_counter() - started
-        # The rows of `before` and `after` belong to the ranked queries with relevant documents.
-        self.rows = {index: row for row, index in enumerate(i for i in self.responses if queries[i].relevant)}
-        if not self.rows and first_error:
-            raise first_error
-        judged = [queries[index] for index in self.rows]
-        self.before = measure(measures, judged, [list(query.documents) for query in judged])
-        self.after = measure(measures, judged, [self._get_ranked(index) for index in self.rows])
+        self.usages: list[Usage] = []
 
-    def _rerank(self, client: RegoloClient, *, show_progress: bool) -> RegoloError | None:
-        first_error = None
+    def rerank(self, client: RegoloClient, *, show_progress: bool) -> None:
+        """Rerank and measure all queries.
+
+        Raises:
+            RegoloError: An error that would hit every query, or the first error if no query could be ranked.
+        """
+        started, first_error = time.perf_counter(), None
         pairs = [(query.query, list(query.documents.values())) for query in self.queries]
         everything = client.with_options(top_n=None, score_threshold=None)
         with closing(everything.rerank_many(pairs, return_exceptions=True)) as outcomes:
@@ -140,103 +134,105 @@ class _Run:
                 if isinstance(outcome, RegoloError):
                     first_error = first_error or outcome
                     self.failed[self.queries[index].place] = str(outcome)
-                else:
-                    self.responses[index] = outcome
-        return first_error
+                    continue
+                names = list(self.queries[index].documents)
+                self.scores[index] = {names[result.index]: result.relevance_score for result in outcome.results}
+                self.usages.append(outcome.usage)
+        self.seconds = time.perf_counter() - started
+        self.rows = {index: row for row, index in enumerate(i for i in self.scores if self.queries[i].relevant)}
+        if not self.rows and first_error:
+            raise first_error
+        judged = [self.queries[index] for index in self.rows]
+        self.before = measure(self.measures, judged, [query.documents for query in judged])
+        self.after = measure(self.measures, judged, [self.scores[index] for index in self.rows])
 
     def summarise(self, earlier: Sequence["_Run"]) -> Variant:
         """Return the results, compared with those of earlier runs."""
-        curve = _find_thresholds(*self._get_scores(self.responses))
-        usages = [response.usage for response in self.responses.values()]
-        tokens = [usage.total_tokens for usage in usages if usage.total_tokens is not None]
-        costs = [usage.cost for usage in usages if usage.cost is not None]
+        thresholds = _find_thresholds(*self._flag(self.scores))
+        tokens = [usage.total_tokens for usage in self.usages if usage.total_tokens is not None]
+        costs = [usage.cost for usage in self.usages if usage.cost is not None]
         return Variant(
             name=self.name,
             measures=dict(zip(self.measures, compare(self.before, self.after), strict=True)),
             over_first=self._compare_with(earlier[0]) if earlier else None,
             same_as=next((run.name for run in earlier if self._has_scores_of(run)), None),
             top_n=self._find_top_n(),
-            thresholds=curve,
-            best_threshold=max(curve, key=lambda each: each.f1, default=None),
+            thresholds=thresholds,
+            best_threshold=max(thresholds, key=lambda each: each.f1, default=None),
             held_out_f1=self._cross_validate(),
-            per_query=[self._describe(index) for index in self.responses],
+            per_query=[self._describe(index) for index in self.scores],
             failed=self.failed,
-            requests=sum(usage.requests for usage in usages),
+            requests=sum(usage.requests for usage in self.usages),
             total_tokens=sum(tokens) if tokens else None,
             cost=sum(costs) if costs else None,
             seconds=self.seconds,
         )
 
-    def _get_ranked(self, index: int) -> list[str]:
-        names = list(self.queries[index].documents)
-        return [names[result.index] for result in self.responses[index]]
-
-    def _get_scores(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
-        """Return the scores of the candidates of some queries, and a one for each relevant candidate."""
-        pairs = [
-            (result.relevance_score, float(name in self.queries[index].relevant))
-            for index in indices
-            for name, result in zip(self._get_ranked(index), self.responses[index], strict=True)
-        ]
-        scores, relevant = np.array(pairs).reshape(-1, 2).T
-        return scores, relevant
-
     def _compare_with(self, first: "_Run") -> Measure | None:
         """Return the first measure after reranking in two runs, on the queries that both ranked."""
         if not (both := [index for index in self.rows if index in first.rows]):
             return None
-        before, after = (run.after[[run.rows[index] for index in both]] for run in (first, self))
-        return compare(before[:, :1], after[:, :1])[0]
+        before, after = (run.after[[run.rows[index] for index in both], :1] for run in (first, self))
+        return compare(before, after)[0]
 
     def _has_scores_of(self, other: "_Run") -> bool:
-        scores = [
-            {(index, each.index): each.relevance_score for index, found in run.responses.items() for each in found}
-            for run in (self, other)
-        ]
-        same = scores[0].keys() == scores[1].keys()
-        return same and all(abs(score - scores[1][key]) <= SAME_SCORE for key, score in scores[0].items())
+        return self.scores.keys() == other.scores.keys() and all(
+            abs(score - other.scores[index][name]) <= SAME_SCORE
+            for index, scores in self.scores.items()
+            for name, score in scores.items()
+        )
 
-    def _find_top_n(self) -> TopN:
-        queries = [self.queries[index] for index in self.rows]
-        sides = []
-        for rankings in (
-            [list(query.documents) for query in queries],
-            [self._get_ranked(index) for index in self.rows],
-        ):
-            found = np.zeros(max(map(len, rankings)))
-            for query, ranking in zip(queries, rankings, strict=True):
-                found[: len(ranking)] += [name in query.relevant for name in ranking]
-            recall = found.cumsum() / found.sum() if found.any() else np.ones(len(found))
-            # 19 of 20 is a share of 0.95, even if binary fractions are a little below it.
-            top_n = int(np.searchsorted(recall, KEPT_SHARE - 1e-9)) + 1 if len(recall) else 0
-            texts = (
-                query.documents[name]
-                for query, ranking in zip(queries, rankings, strict=True)
-                for name in ranking[:top_n]
-            )
-            sides.append((top_n, sum(map(len, texts)) / len(queries), recall.tolist()))
-        before, after = sides
-        return TopN(before[0], after[0], before[1], after[1], before[2], after[2])
+    def _flag(self, indices: Iterable[int]) -> tuple[Numbers, Numbers]:
+        """Return the scores of the candidates of some queries, and a one for each relevant candidate."""
+        pairs = [
+            (score, float(name in self.queries[index].relevant))
+            for index in indices
+            for name, score in self.scores[index].items()
+        ]
+        scores, relevant = np.array(pairs).reshape(-1, 2).T
+        return scores, relevant
 
     def _cross_validate(self) -> float | None:
-        halves = [self._get_scores(list(self.responses)[start::2]) for start in (0, 1)]
+        halves = [self._flag(list(self.scores)[start::2]) for start in (0, 1)]
         if not all(relevant.any() for _, relevant in halves):
             return None
         best = [max(_find_thresholds(*half), key=lambda each: each.f1).threshold for half in halves]
         return (f1_at(best[0], *halves[1]) + f1_at(best[1], *halves[0])) / 2
 
+    def _find_top_n(self) -> TopN:
+        queries = [self.queries[index] for index in self.rows]
+        before, recall_before = _find_depth(queries, [query.documents for query in queries])
+        after, recall_after = _find_depth(queries, [self.scores[index] for index in self.rows])
+        characters_before = [len(text) for query in queries for text in list(query.documents.values())[:before]]
+        characters_after = [
+            len(self.queries[index].documents[name]) for index in self.rows for name in list(self.scores[index])[:after]
+        ]
+        means = sum(characters_before) / len(queries), sum(characters_after) / len(queries)
+        return TopN(before, after, *means, recall_before, recall_after)
+
     def _describe(self, index: int) -> QueryResult:
-        query, ranked, row = self.queries[index], self._get_ranked(index), self.rows.get(index)
+        query, scores, row = self.queries[index], self.scores[index], self.rows.get(index)
         before, after = (
             {} if row is None else dict(zip(self.measures, values[row].tolist(), strict=True))
             for values in (self.before, self.after)
         )
         rank_before, rank_after = (
             next((rank for rank, name in enumerate(names, 1) if name in query.relevant), None)
-            for names in (query.documents, ranked)
+            for names in (query.documents, scores)
         )
-        scores = [result.relevance_score for result in self.responses[index]]
-        return QueryResult(query.id, query.query, before, after, rank_before, rank_after, ranked, scores)
+        return QueryResult(
+            query.id, query.query, before, after, rank_before, rank_after, list(scores), list(scores.values())
+        )
+
+
+def _find_depth(queries: Sequence[JudgedQuery], rankings: Sequence[Collection[str]]) -> tuple[int, list[float]]:
+    """Return how many documents keep 95 % of the relevant candidates, and the kept share for each number from 1."""
+    found = np.zeros(max(map(len, rankings)))
+    for query, ranking in zip(queries, rankings, strict=True):
+        found[: len(ranking)] += [name in query.relevant for name in ranking]
+    shares = found.cumsum() / found.sum() if found.any() else np.ones(len(found))
+    # 19 of 20 is a share of 0.95, even if binary fractions are a little below it.
+    return int((shares < KEPT_SHARE - 1e-9).sum()) + bool(len(shares)), shares.tolist()
 
 
 def _find_thresholds(scores: Numbers, relevant: Numbers) -> list[Threshold]:

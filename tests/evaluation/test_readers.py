@@ -1,6 +1,7 @@
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,23 @@ def write(folder: Path, **files: Any) -> Path:
     return folder
 
 
-def compute(run: Any) -> dict[str, float]:
+def read(reader: Callable[[str], Any], file: Path) -> list[Any]:
+    """Return the entries of a file as ir-measures reads it."""
+    return list(reader(str(file)))
+
+
+def compute(run: Path) -> dict[str, float]:
     """Return the means that ir-measures itself computes."""
     measures = [ir_measures.parse_measure(name) for name in MEASURES.split()]
-    found = ir_measures.calc_aggregate(measures, list(ir_measures.read_trec_qrels(str(QRELS))), run)
+    found = ir_measures.calc_aggregate(
+        measures, read(ir_measures.read_trec_qrels, QRELS), read(ir_measures.read_trec_run, run)
+    )
     return {str(measure): value for measure, value in found.items()}
 
 
 def test_figures_equal_those_of_ir_measures_on_a_trec_run(tmp_path: Path) -> None:
     """Three TREC topics with tied scores, before reranking and after it by way of a saved run."""
-    ids = {entry.doc_id for entry in ir_measures.read_trec_run(str(RUN))}
+    ids = {entry.doc_id for entry in read(ir_measures.read_trec_run, RUN)}
     write(
         tmp_path,
         queries="301\tInternational Organized Crime\n302\tPoliomyelitis\n303\tHubble Telescope\n",
@@ -53,10 +61,10 @@ def test_figures_equal_those_of_ir_measures_on_a_trec_run(tmp_path: Path) -> Non
     evaluation = evaluate(queries, CLIENT, measures=MEASURES)
     measures = evaluation.variants[0].measures
     before = {name: each.before for name, each in measures.items()}
-    assert before == pytest.approx(compute(list(ir_measures.read_trec_run(str(RUN)))), abs=1e-12)
+    assert before == pytest.approx(compute(RUN), abs=1e-12)
     (saved,) = evaluation.save_run(tmp_path / "after.run")
     after = {name: each.after for name, each in measures.items()}
-    assert after == pytest.approx(compute(list(ir_measures.read_trec_run(str(saved)))), abs=1e-12)
+    assert after == pytest.approx(compute(saved), abs=1e-12)
     assert after["nDCG@10"] != before["nDCG@10"]
 
 
@@ -105,10 +113,10 @@ def test_beir_with_a_run_keeps_its_order(beir: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"run": "q1 Q0 zz 1 1.5 tag"}, r'corpus\.jsonl: 1 documents of .*run are missing, such as "zz"'),
+        ({"run": "q1 Q0 zz 1 1.5 tag"}, r'corpus\.jsonl: no text for 1 ids of .*run, such as "zz"'),
         ({"run": "q1 zz 1.5"}, 'run, line 1: expected "query-id Q0 document-id rank score tag"'),
-        ({"queries.jsonl": QUERIES[:1]}, r'queries\.jsonl: 1 queries of .* are missing, such as "q2"'),
-        ({"queries.jsonl": "a zebra"}, r"queries\.jsonl, line 1: missing id\. Expected JSON with \"_id\""),
+        ({"queries.jsonl": QUERIES[:1]}, r'queries\.jsonl: no text for 1 ids of .*test\.tsv, such as "q2"'),
+        ({"queries.jsonl": "a zebra"}, r'queries\.jsonl, line 1: expected JSON with "_id", or an id and a tab'),
         (
             {"corpus.jsonl": [{"_id": "a", "body": "x"}]},
             r'corpus\.jsonl, line 1: missing field "text"\. Is the text in',
@@ -198,9 +206,10 @@ def test_each_variant_gets_a_run_of_its_own(tmp_path: Path) -> None:
 
 def test_rows_of_a_file_are_named_by_their_line(tmp_path: Path) -> None:
     """The command line reads a file this way."""
-    lines = [{"query": "q", "documents": ["a", "bb"], "labels": [0, 1]}, {"query": "q"}]
+    lines: list[dict[str, Any]] = [{"query": "q", "documents": ["a", "bb"], "labels": [0, 1]}, {"query": "q"}]
     write(tmp_path, queries="\n" + "\n".join(map(json.dumps, lines)) + "\nnot JSON\n")
-    evaluation = evaluate([*read_rows(tmp_path / "queries"), lines[0], lines[0]], CLIENT)
+    rows = list(read_rows(tmp_path / "queries"))
+    evaluation = evaluate([*rows, lines[0], lines[0]], CLIENT)
     assert evaluation.skipped == {
         "line 3": 'missing field "documents"',
         "line 4": 'expected an object with "query", "documents" and "relevant" or "labels"',
