@@ -26,19 +26,21 @@ class _Table(NamedTuple):
 
     def holds_words(self, column: int) -> bool:
         """Whether a column holds words, which are aligned to the left, or numbers."""
-        return self.rows[0][column] in {"", "verdict", "query"}
+        return self.rows[0][column] in {"", "verdict", "rank", "query"}
 
 
 def text(evaluation: Evaluation) -> str:
     """Return the report as text in 80 columns."""
-    parts = (_align(part) if isinstance(part, _Table) else textwrap.fill(part, COLUMNS) for part in _report(evaluation))
-    return "\n\n".join(parts)
+    return "\n\n".join(_align(part) if isinstance(part, _Table) else _wrap(part) for part in _report(evaluation))
 
 
 def html(evaluation: Evaluation) -> str:
     """Return the report as HTML in the colours of the page."""
-    parts = (_mark_up(part) if isinstance(part, _Table) else f"<p>{escape(part)}</p>" for part in _report(evaluation))
-    return "\n".join(parts)
+    return "\n".join(_mark_up(part) for part in _report(evaluation))
+
+
+def _wrap(sentences: list[str]) -> str:
+    return "\n".join(textwrap.fill(sentence, COLUMNS, break_on_hyphens=False) for sentence in sentences)
 
 
 def _align(table: _Table) -> str:
@@ -53,7 +55,9 @@ def _align(table: _Table) -> str:
     return "\n".join(lines)
 
 
-def _mark_up(table: _Table) -> str:
+def _mark_up(table: _Table | list[str]) -> str:
+    if not isinstance(table, _Table):
+        return f"<p>{'<br>'.join(map(escape, table))}</p>"
     lines = ['<table cellpadding="5" style="color:inherit">']
     if table.title:
         lines.append(f'<caption style="text-align:left">{escape(table.title)}</caption>')
@@ -67,18 +71,22 @@ def _mark_up(table: _Table) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def _report(evaluation: Evaluation) -> Iterator[_Table | str]:
+def _report(evaluation: Evaluation) -> Iterator[_Table | list[str]]:
+    """Yield tables and paragraphs, which are lists of sentences."""
     variants = evaluation.variants
-    yield " ".join(_describe_input(evaluation))
+    yield list(_describe_input(evaluation))
     if len(variants) > 1:
-        yield from _compare_variants(variants)
+        yield from _tabulate_variants(variants)
+        yield [sentence for variant in variants[1:] for sentence in _compare(variant, variants[0])]
     for variant in variants:
+        if variant.same_as is not None:
+            continue
         rows = [["", "before", "after", "difference", "95% interval", "verdict"]]
         for name, each in variant.measures.items():
             means = f"{each.before:.3f}", f"{each.after:.3f}", f"{each.difference:+.3f}"
             rows.append([_clean(name, NAME_COLUMNS), *means, _format_interval(each), _format_verdict(each)])
         yield _Table(_clean(variant.name, NAME_COLUMNS) if len(variants) > 1 else "", rows)
-        yield " ".join(_describe_savings(variant))
+        yield list(_describe_savings(variant))
         main, changes = next(iter(variant.measures)), variant.changes
         if better := [change for change in changes if change.after[main] > change.before[main]]:
             yield _tabulate_changes("Most improved (rank of the first relevant document):", better)
@@ -89,9 +97,9 @@ def _report(evaluation: Evaluation) -> Iterator[_Table | str]:
 def _describe_input(evaluation: Evaluation) -> Iterator[str]:
     total = evaluation.queries + evaluation.others
     forms = [form if count == total else f"{form} ({count:,})" for form, count in evaluation.forms.items()]
-    yield f"{total:,} queries, {evaluation.documents:,} candidates, relevant documents read as {', '.join(forms)}."
+    yield f"Queries: {total:,}, candidates: {evaluation.documents:,}, relevant documents read as {', '.join(forms)}."
     if evaluation.others:
-        yield f"{evaluation.others:,} queries have no relevant document and count for the threshold only."
+        yield f"Without a relevant document: {evaluation.others:,} (they count for the threshold only)."
     # Only ids can name documents that are not among the candidates.
     if {"ids", "grades by id"} & evaluation.forms.keys():
         share = "less than 1%" if evaluation.missed < 0.005 else f"{evaluation.missed:.0%}"
@@ -105,7 +113,7 @@ def _describe_input(evaluation: Evaluation) -> Iterator[str]:
         yield f"Skipped {count:,} of {total + count:,} queries: {_clean(list_problems(evaluation.skipped))}."
 
 
-def _compare_variants(variants: Sequence[Variant]) -> Iterator[_Table | str]:
+def _tabulate_variants(variants: Sequence[Variant]) -> Iterator[_Table]:
     names, first = list(variants[0].measures), variants[0]
     for start in range(0, len(names), MEASURES_PER_TABLE):
         shown = names[start : start + MEASURES_PER_TABLE]
@@ -113,16 +121,18 @@ def _compare_variants(variants: Sequence[Variant]) -> Iterator[_Table | str]:
         for each in variants:
             rows += [[_clean(each.name, NAME_COLUMNS), *(f"{each.measures[name].after:.3f}" for name in shown)]]
         yield _Table("", rows)
-    for variant in variants[1:]:
-        if variant.same_as is not None:
-            yield (
-                f"{_clean(variant.name)} and {_clean(variant.same_as)}: identical scores for all candidates, so both "
-                'variants send the same requests or the server ignores the difference. (The prompt format "plain" '
-                "ignores the instruction.)"
-            )
-        elif over := variant.over_first:
-            compared = f"{names[0]} {over.difference:+.3f} ({_format_interval(over)}), {_format_verdict(over)}"
-            yield f"{_clean(variant.name)} compared with {_clean(first.name)}: {compared}."
+
+
+def _compare(variant: Variant, first: Variant) -> Iterator[str]:
+    if variant.same_as is not None:
+        yield (
+            f"{_clean(variant.name)} and {_clean(variant.same_as)}: identical scores for all candidates, so both "
+            'variants send the same requests or the server ignores the difference. (The prompt format "plain" ignores the '
+            "instruction.)"
+        )
+    elif over := variant.over_first:
+        compared = f"{next(iter(variant.measures))} {over.difference:+.3f} ({_format_interval(over)})"
+        yield f"{_clean(variant.name)} compared with {_clean(first.name)}: {compared}, {_format_verdict(over)}."
 
 
 def _format_interval(measure: Measure) -> str:

@@ -95,7 +95,7 @@ def test_every_form_names_the_same_document(fields: dict[str, Any], form: str, c
     (result,) = evaluation.variants[0].per_query
     assert (result.rank_before, result.rank_after, result.scores) == (3, 1, [0.9, 0.2, 0.1])
     assert evaluation.forms == {form: 1}
-    assert str(evaluation).startswith(f"1 queries, 3 candidates, relevant documents read as {form}.")
+    assert str(evaluation).startswith(f"Queries: 1, candidates: 3, relevant documents read as {form}.")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_best_threshold_is_found_and_cross_validated() -> None:
     by_threshold = {each.threshold: each for each in variant.thresholds}
     assert (by_threshold[0.75].precision, by_threshold[0.75].recall) == pytest.approx((2 / 3, 1.0))
     assert by_threshold[0.1].precision == pytest.approx(8 / 32)
-    assert "4 queries have no relevant document and count for the threshold only." in words(evaluation)
+    assert "Without a relevant document: 4 (they count for the threshold only)." in words(evaluation)
     expected = f"Best score_threshold by F1: 0.8 (precision 1.00, recall 1.00, F1 1.00; {variant.held_out_f1:.2f} cross"
     assert expected in words(evaluation)
 
@@ -214,7 +214,7 @@ def test_a_threshold_chosen_on_noise_does_not_hold_up() -> None:
 
 
 def test_a_retriever_that_missed_everything_is_reported() -> None:
-    """Without a relevant candidate there is no threshold and no top_n to report."""
+    """Without a relevant candidate the report leaves out threshold and top_n."""
     query = {"query": "q", "documents": [{"id": "a", "text": "score=1"}], "relevant": ["missed"]}
     evaluation = evaluate([query, {**query, "documents": []}], client())
     variant = evaluation.variants[0]

@@ -28,7 +28,7 @@ def write(folder: Path, content: bytes) -> Path:
     "wrap", [bytes, gzip.compress, lambda content: b"\xef\xbb\xbf" + content], ids=["plain", "gzip", "BOM"]
 )
 def test_the_content_decides_how_a_file_is_read(tmp_path: Path, wrap: Any) -> None:
-    """JSON Lines, an array and plain lines are read alike whatever the name, compressed or with a byte order mark."""
+    """A misleading name, compression and a byte order mark make no difference."""
     assert list(read_documents(write(tmp_path, wrap(JSON_LINES)))) == DOCUMENTS
     assert list(read_documents(write(tmp_path, wrap(ARRAY)))) == DOCUMENTS
     lines = [Document("Rome", number=1), Document("[1] Größe", number=3)]
@@ -76,7 +76,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_errors_name_the_file_the_line_and_the_next_step(tmp_path: Path, content: bytes, message: str) -> None:
-    """Each message says where the problem is and what was expected."""
+    """Each message has the place of the problem and the expected shape."""
     with pytest.raises(InvalidInputError, match=message):
         list(read_documents(write(tmp_path, content)))
 

@@ -126,7 +126,7 @@ def test_beir_with_a_run_keeps_its_order(beir: Path) -> None:
     ],
 )
 def test_problems_of_a_file_name_the_file_and_the_line(beir: Path, files: dict[str, Any], message: str) -> None:
-    """Each format says what it expects."""
+    """Each message has the expected format."""
     write(beir, **({"run": "q1 Q0 a 1 1 tag\n"} | files))
     with pytest.raises(InvalidInputError, match=message):
         read_beir(beir, run=beir / "run")
