@@ -127,8 +127,8 @@ def _compare(variant: Variant, first: Variant) -> Iterator[str]:
     if variant.same_as is not None:
         yield (
             f"{_clean(variant.name)} and {_clean(variant.same_as)}: identical scores for all candidates, so both "
-            'variants send the same requests or the server ignores the difference. (The prompt format "plain" ignores the '
-            "instruction.)"
+            'variants send the same requests or the server ignores the difference. (The prompt format "plain" ignores '
+            "the instruction.)"
         )
     elif over := variant.over_first:
         compared = f"{next(iter(variant.measures))} {over.difference:+.3f} ({_format_interval(over)})"
@@ -163,7 +163,7 @@ def _describe_savings(variant: Variant) -> Iterator[str]:
     cost = "" if variant.cost is None else f", cost {variant.cost:,.4f}"
     yield f"Usage: {variant.requests:,} requests{tokens}{cost}, {variant.seconds:,.1f} seconds."
     if variant.failed:
-        yield f"Failed and excluded: {len(variant.failed):,} queries: {_clean(list_problems(variant.failed))}."
+        yield f"Failed queries, excluded: {len(variant.failed):,}. {_clean(list_problems(variant.failed))}."
 
 
 def _tabulate_changes(title: str, changes: Sequence[QueryResult]) -> _Table:

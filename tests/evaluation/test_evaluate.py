@@ -128,7 +128,7 @@ def test_relevant_documents_that_were_not_retrieved_count() -> None:
 
 def test_equal_scores_keep_the_order_of_the_retriever() -> None:
     """A reranker without an opinion changes nothing."""
-    evaluation = evaluate([judged([0.5] * 20, [index]) for index in range(20)], client())
+    evaluation = evaluate([judged([*[0.5] * 19, 0.4], [index]) for index in range(20)], client())
     assert all(before == after for before, after in measures(evaluation).values())
     verdicts = {(each.verdict, each.queries_needed) for each in evaluation.variants[0].measures.values()}
     assert verdicts == {("inconclusive", None)}
@@ -249,9 +249,9 @@ def test_variants_are_compared_with_the_first() -> None:
 
 
 def test_variants_with_the_same_scores_are_reported() -> None:
-    """Two instructions that the prompt format ignores are not "inconclusive" but the same."""
-    one = client(prompt_format="plain")
-    other = one.with_options(instruction="Find the Python module")
+    """Two clients that send the same requests are not "inconclusive" but the same."""
+    one = client()
+    other = one.with_options(timeout=30)
     different = client(lambda query, documents: [score / 2 for score in read_score(query, documents)])
     evaluation = evaluate([GOOD] * 12, {"web": one, "half": different, "mine": other})
     assert [variant.same_as for variant in evaluation.variants] == [None, None, "web"]
@@ -321,7 +321,7 @@ def test_a_failed_query_is_excluded_and_reported() -> None:
     evaluation = evaluate([judged([0.1, 0.9, 0.5], [0], "bad"), GOOD], server(fail_one))
     assert list(evaluation.variants[0].failed) == ["queries[0]"]
     assert measures(evaluation)["Recall@1"] == (0.0, 1.0)
-    assert "Failed and excluded: 1 queries: queries[0]: " in words(evaluation)
+    assert "Failed queries, excluded: 1. queries[0]: " in words(evaluation)
     assert "too long" in words(evaluation)
 
 
