@@ -101,7 +101,7 @@ def read_document(value: Any, *, text_field: str = "text", title_field: str | No
     if not isinstance(value, Mapping):
         kind = "" if value is None else f", got {type(value).__name__}"
         raise InvalidInputError(f"expected a text or an object like {SHAPE}{kind}")
-    text, title = value.get(text_field), value.get(title_field) if title_field else None
+    text, title = value.get(text_field), value.get(title_field)
     if not isinstance(text, str):
         raise InvalidInputError(_explain_missing_text(value, text_field))
     if not isinstance(title, str | None):

@@ -77,7 +77,8 @@ def _report(evaluation: Evaluation) -> Iterator[_Table | list[str]]:
     yield list(_describe_input(evaluation))
     if len(variants) > 1:
         yield from _tabulate_variants(variants)
-        yield [sentence for variant in variants[1:] for sentence in _compare(variant, variants[0])]
+        if compared := [sentence for variant in variants[1:] for sentence in _compare(variant, variants[0])]:
+            yield compared
     for variant in variants:
         if variant.same_as is not None:
             continue

@@ -336,6 +336,7 @@ def test_variants_without_a_common_query_are_not_compared() -> None:
     assert [list(variant.failed) for variant in evaluation.variants] == [["queries[0]"], ["queries[1]"]]
     assert [(variant.over_first, variant.same_as) for variant in evaluation.variants] == [(None, None)] * 2
     assert "b compared with a" not in words(evaluation)
+    assert "\n\n\n" not in str(evaluation)
 
 
 def test_a_rejected_key_stops_the_evaluation() -> None:
@@ -389,7 +390,7 @@ def test_with_a_cache_an_interrupted_evaluation_resumes() -> None:
             {**GOOD, "documents": pd.DataFrame({"text": ["a"]})},
             r'documents: expected a list, got DataFrame\. Pass one of its columns, such as df\["text"\]',
         ),
-        ({**GOOD, "documents": ["a", 7]}, r"documents\[1\]: expected a text or an object"),
+        ({**GOOD, "documents": ["a", 7]}, r"documents\[1\]: expected a text or an object .*, got int"),
         ({**GOOD, "documents": [{"id": 1, "text": "a"}, "b"]}, r"documents\[1\]: either all documents must have an id"),
         (
             {**GOOD, "documents": [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}]},

@@ -70,7 +70,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'[\n"a", 7\n]', "has JSON of an unexpected shape. Expected one object per line"),
         (b'{\n"text": "a"\n}', "data.txt has JSON of an unexpected shape"),
         (b"a\nb\xff\n", r"data\.txt, line 2: not UTF-8 \(byte 2 of the line\)"),
-        ("a\nb".encode("utf-16"), "data.txt is UTF-16, expected UTF-8. Convert it first: iconv"),
+        ("很长".encode("utf-16"), "data.txt is UTF-16, expected UTF-8. Convert it first: iconv"),
         ("ab".encode("utf-16-be"), "data.txt is UTF-16"),
         (gzip.compress(LINES)[:-9], "data.txt: the gzip data is damaged or incomplete"),
     ],
