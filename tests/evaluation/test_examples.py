@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from regolo_rerank.evaluation import example_queries
-from regolo_rerank.evaluation.examples import documents, questions
+from regolo_rerank.evaluation.examples import documents
 
 
 def test_the_standard_library_is_read_and_not_run() -> None:
@@ -38,16 +38,11 @@ def test_unreadable_modules_are_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     assert documents.__wrapped__() == {"abc": "Kept.", "dis": "x" * 1_000, "json": "café"}
 
 
-def test_every_question_has_an_answer() -> None:
-    """Its module is among the documents of this Python."""
-    assert questions().keys() <= documents().keys()
-    assert len(questions()) > 90
-
-
 def test_candidates_share_words_with_the_question_the_rarest_first() -> None:
     """BM25 finds at most 50 documents with a word of the question, the ones with rare words first."""
     found = {query["relevant"][0]: [each["id"] for each in query["documents"]] for query in example_queries()}
-    assert example_queries() == example_queries()
+    assert len(found) > 90
+    assert found.keys() <= documents().keys()
     assert found["ftplib"][0] == "ftplib"
     assert max(map(len, found.values())) == 50
     assert all(len(set(names)) == len(names) for names in found.values())
