@@ -1,50 +1,55 @@
+import json
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
+import httpx
+import numpy as np
+import pandas as pd
 import pytest
 
-from regolo_rerank import (
-    APIConnectionError,
-    AuthenticationError,
-    BadRequestError,
-    InvalidInputError,
-    RegoloClient,
-)
-from regolo_rerank.evaluation import Evaluation, Measure, evaluate, example_queries
-from tests.conftest import KEY
-from tests.support.stub import Received, Reply, Stub, error, scored
+from regolo_rerank import APIConnectionError, AuthenticationError, InvalidInputError, RegoloClient
+from regolo_rerank.evaluation import Evaluation, Measure, evaluate
 
 
-def marked(query: str, documents: list[str]) -> list[float]:
+def read_score(query: str, documents: list[str]) -> list[float]:
     """Score documents by the number that they end in."""
     del query
     return [float(document.rpartition("=")[2]) for document in documents]
 
 
-def client(**options: Any) -> RegoloClient:
+def client(scorer: Callable[[str, list[str]], list[float]] = read_score, **options: Any) -> RegoloClient:
     """Return a client that scores by those numbers."""
-    return RegoloClient(base_url="local://", scorer=marked, **options)
+    return RegoloClient(base_url="local://", scorer=scorer, **options)
 
 
 def judged(scores: list[float], relevant: Any, query: str = "q") -> dict[str, Any]:
     """Return a query whose documents get these scores."""
-    return {
-        "query": query,
-        "documents": [f"document {index} score={score}" for index, score in enumerate(scores)],
-        "relevant": relevant,
-    }
+    documents = [f"document {index} score={score}" for index, score in enumerate(scores)]
+    return {"query": query, "documents": documents, "relevant": relevant}
+
+
+GOOD = judged([0.1, 0.9, 0.5], [1])
 
 
 def measures(evaluation: Evaluation) -> dict[str, tuple[float, float]]:
-    """Return the means before and after, by measure."""
+    """Return the means before and after by measure."""
     return {name: (each.before, each.after) for name, each in evaluation.variants[0].measures.items()}
 
 
-def test_measures_are_those_of_the_textbook() -> None:
-    """Places 2 and 1 before, 1 and 3 after, and graded gains, counted by hand."""
+def recall_at_1(evaluation: Evaluation) -> Measure:
+    """Return the first variant's recall at 1."""
+    return evaluation.variants[0].measures["Recall@1"]
+
+
+def words(evaluation: Evaluation) -> str:
+    """Return the report in one line."""
+    return " ".join(str(evaluation).split())
+
+
+def test_measures_match_a_calculation_by_hand() -> None:
+    """Ranks 2 and 1 before, 1 and 3 after, with graded gains."""
     evaluation = evaluate([judged([0.1, 0.9, 0.5], [1]), judged([0.1, 0.9, 0.5], {"0": 2, "1": 1, "2": 0})], client())
     ideal = 2 + 1 / math.log2(3)
     found = measures(evaluation)
@@ -57,74 +62,109 @@ def test_measures_are_those_of_the_textbook() -> None:
     assert (evaluation.queries, evaluation.others, evaluation.documents, evaluation.missed) == (2, 0, 6, 0.0)
 
 
-@pytest.mark.parametrize("graded", [False, True])
-@pytest.mark.parametrize("ids", [["a", "b", "c"], [7, 8, 9], None])
-def test_relevant_documents_are_named_by_id_or_index(ids: list[Any] | None, *, graded: bool) -> None:
-    """Ids where documents have them, indices elsewhere, in a list or in a mapping of strings, as JSON has it."""
-    query = judged([0.1, 0.2, 0.9], [2 if ids is None else ids[2]])
-    if ids is not None:
-        query["documents"] = [{"id": each, "text": text} for each, text in zip(ids, query["documents"], strict=True)]
-    if graded:
-        query["relevant"] = {str(query["relevant"][0]): 1}
-    (change,) = evaluate([query], client()).variants[0].changes
-    assert (change.place_before, change.place_after, change.first) == (3, 1, "document 2 score=0.9")
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"labels": [0, 0, 1]}, "labels"),
+        ({"labels": [False, False, True]}, "labels"),
+        ({"labels": [0.5, -1.0, 1.0]}, "labels"),
+        ({"labels": np.array([0, 0, 3])}, "labels"),
+        ({"labels": pd.Series([0, 0, 1])}, "labels"),
+        ({"relevant": [2]}, "indices"),
+        ({"relevant": [2.0]}, "indices"),
+        ({"relevant": list(np.flatnonzero([0, 0, 1]))}, "indices"),
+        ({"relevant": np.array([2])}, "indices"),
+        ({"relevant": {"2": 1, "1": 0}}, "grades by index"),
+        ({"relevant": {2: np.int64(2), 0: -2}}, "grades by index"),
+        ({"relevant": ["c"], "ids": "abc"}, "ids"),
+        ({"relevant": ["c", "c"], "ids": "abc"}, "ids"),
+        ({"relevant": [9], "ids": [7, 8, 9]}, "ids"),
+        ({"relevant": [9], "ids": list(np.array([7, 8, 9]))}, "ids"),
+        ({"relevant": {"9": 1}, "ids": [7, 8, 9]}, "grades by id"),
+        ({"labels": [0, 0, 1], "ids": "abc"}, "labels"),
+    ],
+)
+@pytest.mark.parametrize("container", [list, pd.Series])
+def test_every_form_names_the_same_document(fields: dict[str, Any], form: str, container: Any) -> None:
+    """The last document is the relevant one, and the report says how it was read."""
+    ids = fields.get("ids")
+    texts = ["x=0.1", "y=0.2", "z=0.9"]
+    documents = texts if ids is None else [{"_id": each, "text": text} for each, text in zip(ids, texts, strict=True)]
+    query = {"query": "q", "documents": container(documents), **fields}
+    evaluation = evaluate([query], client())
+    (result,) = evaluation.variants[0].per_query
+    assert (result.rank_before, result.rank_after, result.scores) == (3, 1, [0.9, 0.2, 0.1])
+    assert evaluation.forms == {form: 1}
+    assert str(evaluation).startswith(f"Queries: 1, candidates: 3, relevant documents read as {form}.")
 
 
-def test_what_the_retriever_has_missed_counts() -> None:
-    """A relevant document that is no candidate lowers recall and gain, before and after."""
+@pytest.mark.parametrize(
+    "queries",
+    [
+        [GOOD, GOOD, GOOD, GOOD | {"relevant": [0, 0, 1]}],
+        [judged([0.1, 0.9], [1, 0]), judged([0.1, 0.9], [0, 1])],
+        [GOOD | {"documents": [{"id": i, "text": "x=1"} for i in range(3)], "relevant": [0, 0, 1]}],
+    ],
+)
+def test_indices_that_could_be_labels_are_rejected(queries: list[Any]) -> None:
+    """A misread label turns the result around, so one ambiguous query stops the evaluation."""
+    with pytest.raises(InvalidInputError, match=r'queries\[\d\]: .* one label per document, call the field "labels"'):
+        evaluate(queries, client())
+
+
+def test_relevant_documents_that_were_not_retrieved_count() -> None:
+    """They lower recall and gain before and after, and the report says how many there are."""
     query = {"query": "q", "documents": [{"id": "a", "text": "score=1"}], "relevant": ["a", "missed"]}
     evaluation = evaluate([query], client())
     assert evaluation.missed == 0.5
     assert measures(evaluation)["Recall@10"] == (0.5, 0.5)
     assert evaluation.variants[0].top_n.recall_after == [1.0]
+    assert "The retriever missed 50% of the relevant documents; no reranker can recover those." in words(evaluation)
+    found = {**query, "relevant": ["a"]}
+    assert "The retriever found every relevant document." in words(evaluate([found], client()))
+    assert "missed less than 1% of" in words(evaluate([found] * 199 + [query], client()))
+    assert "The retriever" not in words(evaluate([GOOD], client()))
 
 
-def test_equal_scores_keep_the_retrievers_order() -> None:
-    """A reranker that says nothing changes nothing."""
-    evaluation = evaluate([judged([0.5] * 20, [index]) for index in range(20)], client())
+def test_equal_scores_keep_the_order_of_the_retriever() -> None:
+    """A reranker without an opinion changes nothing."""
+    evaluation = evaluate([judged([*[0.5] * 19, 0.4], [index]) for index in range(20)], client())
     assert all(before == after for before, after in measures(evaluation).values())
-    assert {(each.verdict, each.queries_needed) for each in evaluation.variants[0].measures.values()} == {
-        ("cannot tell", None)
-    }
+    verdicts = {(each.verdict, each.queries_needed) for each in evaluation.variants[0].measures.values()}
+    assert verdicts == {("inconclusive", None)}
 
 
 def drawn(better: float, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return queries of which a share gets better by reranking, and the others worse."""
-    chance = random.Random(seed)  # noqa: S311 - a fair coin is all that is needed
-    return [
-        judged([0.1, 0.9], [1]) if chance.random() < better else judged([0.1, 0.9], [0], query=f"q{index}")
-        for index in range(count)
-    ]
+    """Return queries of which a share gets better by reranking and the others get worse."""
+    chance = random.Random(seed)  # noqa: S311 - a fair coin is enough
+    return [judged([0.1, 0.9, 0.0], [1] if chance.random() < better else [0]) for _ in range(count)]
 
 
-def recall_at_1(evaluation: Evaluation) -> Measure:
-    """Return the first variant's recall at 1."""
-    return evaluation.variants[0].measures["Recall@1"]
-
-
-def test_the_verdict_is_as_sure_as_the_queries_are_many() -> None:
-    """A clear gain or loss is told, a small one on few queries is not, and how many it takes is told instead."""
+def test_the_verdict_depends_on_the_difference_and_the_number_of_queries() -> None:
+    """Clear differences are settled. For a small one, the report estimates how many queries would settle it."""
     assert recall_at_1(evaluate(drawn(0.9, 60), client())).verdict == "better"
     assert recall_at_1(evaluate(drawn(0.1, 60), client())).verdict == "worse"
-    unsure = recall_at_1(evaluate(drawn(0.6, 30, seed=1), client()))
-    assert unsure.verdict == "cannot tell"
+    evaluation = evaluate(drawn(0.6, 30, seed=1), client())
+    unsure = recall_at_1(evaluation)
+    assert unsure.verdict == "inconclusive"
     assert unsure.low <= 0 <= unsure.high
-    needed = unsure.queries_needed
-    assert needed is not None
-    assert needed > 30
+    assert unsure.queries_needed is not None
     # The formula for a mean of ones and minus ones: (1.96 + 0.84)^2 (1 - d^2) / d^2.
-    assert needed == pytest.approx(7.84 * (1 - unsure.difference**2) / unsure.difference**2, rel=0.01)
+    expected = 7.84 * (1 - unsure.difference**2) / unsure.difference**2
+    assert unsure.queries_needed == pytest.approx(expected, rel=0.01)
+    assert f"inconclusive (~{unsure.queries_needed})" in words(evaluation)
+    assert "(~N) is roughly how many queries would settle it at this difference." in words(evaluation)
 
 
-def test_few_queries_tell_nothing() -> None:
-    """With fewer than ten queries there is no verdict, however clear they look."""
-    found = recall_at_1(evaluate([judged([0.1, 0.9], [1])] * 9, client()))
-    assert (found.difference, found.verdict, found.queries_needed) == (1.0, "cannot tell", 10)
-    assert recall_at_1(evaluate([judged([0.1, 0.9], [1])] * 10, client())).verdict == "better"
+def test_fewer_than_ten_queries_are_inconclusive() -> None:
+    """Nine queries that all improve are too few for an interval. They may come from an iterator."""
+    found = recall_at_1(evaluate(iter([GOOD] * 9), client()))
+    assert (found.difference, found.verdict, found.queries_needed) == (1.0, "inconclusive", 10)
+    assert recall_at_1(evaluate([GOOD] * 10, client())).verdict == "better"
 
 
-def test_the_interval_is_the_bootstraps() -> None:
-    """It covers the mean as the normal approximation does for many queries, and is the same at each run."""
+def test_the_interval_matches_the_normal_approximation() -> None:
+    """For many queries both agree, and the bootstrap gives the same interval in each run."""
     queries = drawn(0.7, 400)
     found, again = recall_at_1(evaluate(queries, client())), recall_at_1(evaluate(queries, client()))
     half = 1.96 * math.sqrt((1 - found.difference**2) / 400)
@@ -132,227 +172,308 @@ def test_the_interval_is_the_bootstraps() -> None:
     assert found == again
 
 
-def test_top_n_goes_down_to_what_keeps_95_percent() -> None:
-    """It is where the share of relevant candidates reaches 0.95, and what an LLM reads is counted to there."""
+def test_top_n_keeps_95_percent_of_the_relevant_candidates() -> None:
+    """19 of 20 relevant documents are first after reranking, so the top 1 is enough."""
     queries = [judged([*(0.1 for _ in range(9)), 0.9], [9]) for _ in range(19)] + [judged([0.9, *[0.1] * 9], [9])]
-    top_n = evaluate(queries, client()).variants[0].top_n
-    assert (top_n.before, top_n.after) == (10, 1)
+    evaluation = evaluate(queries, client())
+    top_n = evaluation.variants[0].top_n
     length = len("document 0 score=0.1")
+    assert (top_n.before, top_n.after) == (10, 1)
     assert (top_n.characters_before, top_n.characters_after) == (10 * length, length)
     assert top_n.recall_after == pytest.approx([0.95] * 9 + [1.0])
     assert top_n.recall_before == [0.0] * 9 + [1.0]
+    assert (
+        "To keep 95% of the relevant candidates you need the top 10 before reranking, the top 1 after: about 45 fewer "
+        "tokens per query for the LLM."
+    ) in words(evaluation)
 
 
-def test_the_best_threshold_is_found_and_checked_on_others() -> None:
-    """Precision, recall and F1 are counted over the candidates of all queries, those without an answer included."""
+def test_the_best_threshold_is_found_and_cross_validated() -> None:
+    """Precision, recall and F1 count the candidates of all queries, those without a relevant document included."""
     queries = [judged([0.9, 0.6, 0.2], [0]), judged([0.8, 0.7, 0.1], [0]), judged([0.75, 0.1], [])] * 4
-    variant = evaluate(queries, client()).variants[0]
+    evaluation = evaluate(queries, client())
+    variant = evaluation.variants[0]
     best = variant.best_threshold
     assert best is not None
     assert (best.threshold, best.precision, best.recall, best.f1) == (0.8, 1.0, 1.0, 1.0)
     by_threshold = {each.threshold: each for each in variant.thresholds}
     assert (by_threshold[0.75].precision, by_threshold[0.75].recall) == pytest.approx((2 / 3, 1.0))
     assert by_threshold[0.1].precision == pytest.approx(8 / 32)
-    assert variant.held_out_f1 is not None
-    assert 0.5 < variant.held_out_f1 <= 1
+    assert "Without a relevant document: 4 (they count for the threshold only)." in words(evaluation)
+    expected = f"Best score_threshold by F1: 0.8 (precision 1.00, recall 1.00, F1 1.00; {variant.held_out_f1:.2f} cross"
+    assert expected in words(evaluation)
 
 
-def test_a_threshold_that_is_luck_is_worth_less_on_other_queries() -> None:
-    """Scores that mean nothing give a best F1 that the other half of the queries does not confirm."""
+def test_a_threshold_chosen_on_noise_does_not_hold_up() -> None:
+    """Random scores have a best F1 that the other half of the queries does not confirm."""
     chance = random.Random(3)  # noqa: S311
-    queries = [judged([chance.random() for _ in range(20)], [0]) for _ in range(20)]
-    variant = evaluate(queries, client()).variants[0]
+    variant = evaluate([judged([chance.random() for _ in range(20)], [0]) for _ in range(20)], client()).variants[0]
     assert variant.best_threshold is not None
     assert variant.held_out_f1 is not None
     assert variant.held_out_f1 < variant.best_threshold.f1
 
 
-def test_without_a_relevant_candidate_there_is_no_threshold() -> None:
-    """Where the retriever has found nothing relevant, nothing can be chosen, and that is no failure."""
+def test_a_retriever_that_missed_everything_is_reported() -> None:
+    """Without a relevant candidate the report leaves out threshold and top_n."""
     query = {"query": "q", "documents": [{"id": "a", "text": "score=1"}], "relevant": ["missed"]}
     evaluation = evaluate([query, {**query, "documents": []}], client())
     variant = evaluation.variants[0]
     assert (variant.thresholds, variant.best_threshold, variant.held_out_f1) == ([], None, None)
-    assert (evaluation.missed, variant.changes[0].place_after) == (1.0, None)
-    assert str(evaluation)
+    assert (evaluation.missed, variant.per_query[0].rank_after) == (1.0, None)
+    assert "95% of the relevant candidates" not in words(evaluation)
 
 
-def test_queries_are_told_by_what_they_gained() -> None:
-    """The one that gained most comes first, the one that lost most last."""
-    better, same, worse = judged([0, 0, 1], [2], "up"), judged([1, 0], [0], "same"), judged([0, 1], [0], "down")
-    changes = evaluate([worse, same, better], client()).variants[0].changes
-    assert [change.query for change in changes] == ["up", "same", "down"]
-    assert (changes[-1].place_before, changes[-1].place_after) == (1, 2)
-
-
-def test_variants_stand_side_by_side() -> None:
-    """Each is measured on the same queries, and the second one beside the first."""
-    queries = drawn(0.9, 40)
-    reverse = RegoloClient(
-        base_url="local://", scorer=lambda query, documents: [-each for each in marked(query, documents)]
+def test_queries_are_sorted_by_their_gain() -> None:
+    """The report shows the most improved and the most degraded queries with ranks."""
+    up, same, down = judged([0, 0, 1], [2], "up"), judged([1, 0, 0], [0], "same"), judged([0, 1, 0], [0], "down")
+    evaluation = evaluate([down, same, up], client())
+    assert [change.query for change in evaluation.variants[0].changes] == ["up", "same", "down"]
+    assert [result.query for result in evaluation.variants[0].per_query] == ["down", "same", "up"]
+    assert "Most improved (rank of the first relevant document): rank query 3 -> 1 up Most degraded:" in words(
+        evaluation
     )
-    evaluation = evaluate(queries, {"good": client(), "bad": reverse})
+    assert "rank query 1 -> 2 down" in words(evaluation)
+
+
+def test_variants_are_compared_with_the_first() -> None:
+    """A worse variant is reported as worse than the first, on the same queries."""
+    reverse = client(lambda query, documents: [-score for score in read_score(query, documents)])
+    evaluation = evaluate(drawn(0.9, 40), {"good": client(), "bad": reverse})
     good, bad = evaluation.variants
-    assert (good.name, bad.name, good.over_first) == ("good", "bad", None)
+    assert good.over_first is None
     assert bad.over_first is not None
     assert bad.over_first.verdict == "worse"
     assert bad.over_first.before == good.measures["nDCG@10"].after
     assert bad.over_first.after == bad.measures["nDCG@10"].after
-    assert "bad beside good: nDCG@10 -" in str(evaluation)
+    assert "bad compared with good: nDCG@10 -" in words(evaluation)
 
 
-def test_variants_that_answered_no_query_in_common_are_not_compared(stub: Stub) -> None:
-    """Where each of two fails on what the other answers, there is nothing to set side by side."""
-
-    def one_each(request: Received) -> Reply:
-        fails = request.json["query"] == request.json["model"]
-        return error("too long", 400) if fails else scored(request)
-
-    stub.reply = one_each
-    clients = {name: RegoloClient(KEY, base_url=stub.url, model=name, prompt_format="plain") for name in ("a", "b")}
-    evaluation = evaluate([judged([0.1, 0.9], [1], "a"), judged([0.1, 0.9], [1], "b")], clients)
-    assert [list(variant.failed) for variant in evaluation.variants] == [[0], [1]]
-    assert [variant.over_first for variant in evaluation.variants] == [None, None]
-    assert "b beside a" not in str(evaluation)
+def test_variants_with_the_same_scores_are_reported() -> None:
+    """Two clients that send the same requests are not "inconclusive" but the same."""
+    one = client()
+    other = one.with_options(timeout=30)
+    different = client(lambda query, documents: [score / 2 for score in read_score(query, documents)])
+    evaluation = evaluate([GOOD] * 12, {"web": one, "half": different, "mine": other})
+    assert [variant.same_as for variant in evaluation.variants] == [None, None, "web"]
+    assert "mine and web: identical scores for all candidates, so both variants send the same" in words(evaluation)
+    assert "mine compared with" not in words(evaluation)
+    assert "half compared with web: nDCG@10 +0.000" in words(evaluation)
 
 
-def test_every_candidate_is_scored_and_the_client_stays_as_it_is() -> None:
-    """The client's own top_n and threshold are not in force, and are so afterwards; it can go on being used."""
+def test_every_candidate_is_scored_and_the_client_keeps_its_options() -> None:
+    """The client's own top_n and threshold are ignored, and the client can be used afterwards."""
     narrow = client(top_n=1, score_threshold=0.5)
     evaluation = evaluate([judged([0.3, 0.9, 0.2], [0])], narrow)
-    assert evaluation.variants[0].changes[0].place_after == 2
-    assert (narrow.top_n, narrow.score_threshold) == (1, 0.5)
+    assert evaluation.variants[0].per_query[0].rank_after == 2
     assert len(narrow.rerank("q", ["score=0.7", "score=0.9"]).results) == 1
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(stub: Stub) -> None:
-    """With a cache, what was scored before the interruption is not sent again, and the third run sends nothing."""
-    queries = [judged([0.1, 0.9], [1], query=f"q{index}") for index in range(8)]
-    stub.reply = scored
-    with RegoloClient(KEY, base_url=stub.url, cache={}, max_concurrency=1) as remote:
-        stub.reply = lambda request: error("bad key", 401) if len(stub.received) > 5 else scored(request)
-        with pytest.raises(AuthenticationError):
-            evaluate(queries, remote)
-        stub.reply = scored
-        known = len(stub.received)
-        first, again = evaluate(queries, remote).variants[0], evaluate(queries, remote).variants[0]
-    assert known == 6
-    assert (first.requests, again.requests) == (3, 0)
-    assert first.measures == again.measures
+def test_titles_are_scored_in_front_of_the_text() -> None:
+    """The fields can have other names."""
+    queries = [
+        {"query": "q", "documents": [{"head": "a", "body": "=1"}, {"head": "b", "body": "=2"}], "labels": [0, 1]}
+    ]
+    seen: list[str] = []
+
+    def scorer(query: str, documents: list[str]) -> list[float]:
+        seen.extend(documents)
+        return read_score(query, documents)
+
+    evaluate(queries, client(scorer), text_field="body", title_field="head")
+    assert sorted(seen) == ["a =1", "b =2"]
+    with pytest.raises(InvalidInputError, match=r'documents\[0\]: missing field "text". Is the text in "body"\?'):
+        evaluate(queries, client())
 
 
-def test_what_it_took_is_added_up(stub: Stub) -> None:
-    """Requests, tokens and time are those of all queries."""
-    with RegoloClient(KEY, base_url=stub.url) as remote:
-        variant = evaluate([judged([0.1, 0.9], [1])] * 3, remote).variants[0]
-    tokens = [request.json for request in stub.received]
-    assert variant.requests == len(tokens) == 3
-    assert variant.total_tokens is None or variant.total_tokens > 0
-    assert variant.seconds > 0
+def test_other_measures_are_computed() -> None:
+    """The first one is the main measure."""
+    evaluation = evaluate([GOOD], client(), measures="P@2 AP")
+    assert measures(evaluation) == {"P@2": (0.5, 0.5), "AP": (0.5, 1.0)}
+    assert "P@2" in str(evaluation)
+    for name in ("foo@3", "nDCG@x", "P", ""):
+        with pytest.raises(InvalidInputError, match="measures: "):
+            evaluate([GOOD], client(), measures=name)
 
 
-def test_a_query_that_fails_is_left_out_and_told(stub: Stub) -> None:
-    """What is wrong with one query costs that query only, before and after."""
+def server(reply: Callable[[dict[str, Any]], tuple[int, Any]], **options: Any) -> RegoloClient:
+    """Return a client of a server that replies so to the JSON of a request."""
 
-    def one_is_too_long(request: Received) -> Reply:
-        too_long = "bad" in request.json["query"]
-        return error("maximum context length is 4096 tokens", 400) if too_long else scored(request)
+    def handle(request: httpx.Request) -> httpx.Response:
+        status, body = reply(json.loads(request.content))
+        return httpx.Response(status, json=body)
 
-    stub.reply = one_is_too_long
-    with RegoloClient(KEY, base_url=stub.url) as remote:
-        evaluation = evaluate([judged([0.1, 0.9], [0], "bad"), judged([0.1, 0.9], [1], "good")], remote)
-        variant = evaluation.variants[0]
-        assert list(variant.failed) == [0]
-        assert "maximum context length" in variant.failed[0]
-        assert measures(evaluation)["Recall@1"] == (0.0, 1.0)
-        assert "1 queries failed and count nowhere; queries[0]: maximum context" in " ".join(str(evaluation).split())
-        with pytest.raises(BadRequestError):
-            evaluate([judged([0.1, 0.9], [0], "bad")], remote)
+    http_client = httpx.Client(transport=httpx.MockTransport(handle))
+    return RegoloClient("key", http_client=http_client, max_retries=0, **options)
 
 
-def test_what_all_queries_share_is_raised_at_once(stub: Stub) -> None:
-    """A refused key is not tried on a hundred queries."""
-    stub.always(error("bad key", 401))
-    with RegoloClient(KEY, base_url=stub.url, max_concurrency=1) as remote, pytest.raises(AuthenticationError):
-        evaluate([judged([0.1, 0.9], [1])] * 100, remote)
-    assert len(stub.received) < 10
+def ranking(request: dict[str, Any]) -> tuple[int, Any]:
+    """Reply with the scores that the documents end in."""
+    scores = enumerate(read_score("", request["documents"]))
+    return 200, {"results": [{"index": index, "relevance_score": score} for index, score in scores]}
 
 
-def test_a_server_that_is_not_there_is_an_error() -> None:
-    """Where every query fails, the first failure is raised."""
+def test_a_failed_query_is_excluded_and_reported() -> None:
+    """It counts neither before nor after reranking."""
+
+    def fail_one(request: dict[str, Any]) -> tuple[int, Any]:
+        return (400, {"error": {"message": "too long"}}) if "bad" in request["query"] else ranking(request)
+
+    evaluation = evaluate([judged([0.1, 0.9, 0.5], [0], "bad"), GOOD], server(fail_one))
+    assert list(evaluation.variants[0].failed) == ["queries[0]"]
+    assert measures(evaluation)["Recall@1"] == (0.0, 1.0)
+    assert "Failed queries, excluded: 1. queries[0]: " in words(evaluation)
+    assert "too long" in words(evaluation)
+
+
+def test_variants_without_a_common_query_are_not_compared() -> None:
+    """Each of the two variants fails for the query that the other one ranks."""
+
+    def fail_own(request: dict[str, Any]) -> tuple[int, Any]:
+        return (400, {"error": {"message": "no"}}) if request["query"] == request["model"] else ranking(request)
+
+    clients = {name: server(fail_own, model=name, prompt_format="plain") for name in ("a", "b")}
+    evaluation = evaluate([GOOD | {"query": "a"}, GOOD | {"query": "b"}], clients)
+    assert [list(variant.failed) for variant in evaluation.variants] == [["queries[0]"], ["queries[1]"]]
+    assert [(variant.over_first, variant.same_as) for variant in evaluation.variants] == [(None, None)] * 2
+    assert "b compared with a" not in words(evaluation)
+    assert "\n\n\n" not in str(evaluation)
+
+
+def test_a_rejected_key_stops_the_evaluation() -> None:
+    """It is not tried on a hundred queries."""
+    requests: list[Any] = []
+
+    def reject(request: dict[str, Any]) -> tuple[int, Any]:
+        requests.append(request)
+        return 401, {"error": {"message": "bad key"}}
+
+    with pytest.raises(AuthenticationError):
+        evaluate([GOOD | {"query": str(index)} for index in range(100)], server(reject, max_concurrency=1))
+    assert len(requests) < 10
+
+
+def test_an_unreachable_server_is_an_error() -> None:
+    """If every query fails, the first error is raised."""
     nowhere = RegoloClient("", base_url="http://127.0.0.1:1", max_retries=0)
     with pytest.raises(APIConnectionError):
-        evaluate([judged([0.1, 0.9], [1])] * 2, nowhere)
+        evaluate([GOOD] * 2, nowhere)
 
 
-GOOD = judged([0.1, 0.9], [1])
+def test_with_a_cache_an_interrupted_evaluation_resumes() -> None:
+    """Scores from before the interruption are not requested again, and usage counts the new requests."""
+    requests: list[Any] = []
+
+    def reply(request: dict[str, Any]) -> tuple[int, Any]:
+        requests.append(request)
+        return (401, {"error": {"message": "bad key"}}) if len(requests) == 6 else ranking(request)
+
+    queries = [GOOD | {"query": f"q{index}"} for index in range(8)]
+    remote = server(reply, cache={}, max_concurrency=1)
+    with pytest.raises(AuthenticationError):
+        evaluate(queries, remote)
+    first, again = evaluate(queries, remote).variants[0], evaluate(queries, remote).variants[0]
+    assert (first.requests, again.requests) == (3, 0)
+    assert first.measures == again.measures
 
 
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("q", "must be a mapping with query, documents and relevant, got str"),
-        ({"query": "q", "documents": ["a"]}, "has no relevant"),
+        ("q", 'expected an object with "query", "documents" and "relevant" or "labels", got str'),
+        ({"query": "q", "relevant": [0]}, 'missing field "documents"'),
+        ({"query": "q", "documents": ["a"]}, 'missing field "relevant" or "labels"'),
+        ({**GOOD, "labels": [0, 1, 0]}, 'has both "relevant" and "labels", keep one'),
         ({**GOOD, "query": " "}, "query: must be a string that is not blank"),
         ({**GOOD, "query": 7}, "query: must be a string"),
-        ({**GOOD, "documents": "a"}, "documents: must be a list, got str"),
-        ({**GOOD, "documents": ["a", 7]}, r"documents\[0\]: must be a string as all others are"),
-        ({**GOOD, "documents": [{"text": "a"}]}, r"documents\[0\]: .* mapping with id and text"),
-        ({**GOOD, "documents": [{"id": 1.5, "text": "a"}]}, r"documents\[0\].id: must be a string or an integer"),
-        ({**GOOD, "documents": [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}]}, "documents: '1' is the id of two"),
-        ({**GOOD, "relevant": [2]}, "relevant: '2' is no index of 2 documents without ids"),
-        ({**GOOD, "relevant": [-1]}, "relevant: '-1' is no index"),
-        ({**GOOD, "relevant": [True]}, "relevant: must be a string or an integer, got bool"),
-        ({**GOOD, "relevant": 1}, "relevant: must be a list of indices or ids"),
-        ({**GOOD, "relevant": {"1": 0.5}}, r"relevant\['1'\]: a grade must be an integer from 0, got 0.5"),
-        ({**GOOD, "relevant": {"1": -1}}, r"relevant\['1'\]: a grade"),
+        ({**GOOD, "documents": "a"}, "documents: expected a list, got str"),
+        (
+            {**GOOD, "documents": pd.DataFrame({"text": ["a"]})},
+            r'documents: expected a list, got DataFrame\. Pass one of its columns, such as df\["text"\]',
+        ),
+        ({**GOOD, "documents": ["a", 7]}, r"documents\[1\]: expected a text or an object .*, got int"),
+        ({**GOOD, "documents": [{"id": 1, "text": "a"}, "b"]}, r"documents\[1\]: either all documents must have an id"),
+        (
+            {**GOOD, "documents": [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}]},
+            'documents: two different texts have the id "1"',
+        ),
+        ({**GOOD, "relevant": [3]}, "relevant: 3 is not an index of the 3 documents"),
+        ({**GOOD, "relevant": [-1]}, "relevant: -1 is not an index"),
+        ({**GOOD, "relevant": [True]}, "relevant: True is not an id or an index"),
+        ({**GOOD, "relevant": 1}, "relevant: expected a list, got int"),
+        ({**GOOD, "relevant": {"1": 1.5}}, r"relevant\['1'\]: a grade must be a whole number, got 1.5"),
+        ({**GOOD, "relevant": None, "labels": [1]}, "labels: 1 labels for 3 documents"),
+        ({**GOOD, "relevant": None, "labels": [1, 0, math.nan]}, r"labels\[2\]: a grade must be a whole number"),
+        ({**GOOD, "id": "queries-0"}, r'the id "queries-0" is already used by queries\[0\]'),
     ],
 )
-def test_a_wrong_query_is_named(query: Any, message: str) -> None:
-    """Nothing is sent, and the error says which query is wrong and how."""
-    with pytest.raises(InvalidInputError, match=rf"queries\[1\]: {message}"):
-        evaluate([GOOD, query], client())
+def test_a_query_with_a_problem_is_skipped_and_named(query: Any, message: str) -> None:
+    """The others are evaluated. If more than half have a problem, the evaluation stops before the first request."""
+    first = GOOD | {"id": "queries-0"}
+    evaluation = evaluate([first, query], client())
+    assert evaluation.queries == 1
+    with pytest.raises(InvalidInputError, match=rf"^2 of 3 queries are unusable\. queries\[1\]: {message}"):
+        evaluate([first, query, query], client())
+    assert "Skipped 1 of 2 queries: queries[1]: " in words(evaluation)
 
 
-@pytest.mark.parametrize("queries", [[], [judged([1], [])]])
-def test_nothing_to_measure_is_refused(queries: list[Any]) -> None:
-    """Without a relevant document there is nothing to measure."""
-    with pytest.raises(InvalidInputError, match="queries: none of them has a relevant document"):
-        evaluate(queries, client())
-    with pytest.raises(InvalidInputError, match="clients: there is none"):
-        evaluate([GOOD], {})
+def test_ten_problems_are_listed() -> None:
+    """The report counts the others."""
+    text = words(evaluate([GOOD] * 12 + [{}] * 12, client()))
+    assert text.count("queries[") == 10
+    assert "and 2 more" in text
 
 
-def test_queries_may_come_from_an_iterator() -> None:
-    """They are read once."""
+def test_a_document_that_two_retrievers_found_counts_once() -> None:
+    """The same id with the same text keeps its first rank and its best label."""
+    documents = [{"id": "a", "text": "=1"}, {"id": "b", "text": "=2"}, {"id": "a", "text": "=1"}]
+    evaluation = evaluate([{"query": "q", "documents": documents, "labels": [0, 0, 1]}], client())
+    (result,) = evaluation.variants[0].per_query
+    assert (evaluation.documents, result.rank_before, result.ranked) == (2, 1, ["b", "a"])
 
-    def each() -> Iterator[dict[str, Any]]:
-        yield from [GOOD] * 3
 
-    assert evaluate(each(), client()).queries == 3
+@pytest.mark.parametrize(
+    ("queries", "clients", "message"),
+    [
+        ([], client(), "no query has a relevant document"),
+        ([judged([1], [])], client(), "no query has a relevant document"),
+        (GOOD, client(), "queries: expected a list of queries, got dict"),
+        (pd.DataFrame({"query": ["q"]}), client(), r"got DataFrame\. evaluation\.from_pairs makes one"),
+        ([GOOD], {}, "clients: expected a client, or several by name"),
+        ([GOOD], [client()], "clients: expected a client, or several by name"),
+    ],
+)
+def test_arguments_of_another_shape_are_rejected(queries: Any, clients: Any, message: str) -> None:
+    """The message has the expected shape."""
+    with pytest.raises(InvalidInputError, match=message):
+        evaluate(queries, clients)
 
 
-@pytest.mark.parametrize("variants", [1, 2])
-def test_it_prints_in_80_columns_and_shows_as_tables(variants: int) -> None:
-    """Text and HTML say the same, and what other people wrote is harmless in both."""
-    hostile = "<b>\x1b[31m" + "very long " * 30
-    queries = [judged([0.1, 0.9], [1], hostile), judged([0.9, 0.1], [1], hostile)] * 3
-    evaluation = evaluate(queries, {f"v{index} <i>": client() for index in range(variants)})
+@pytest.mark.parametrize("variants", [1, 7])
+def test_the_report_fits_80_columns_and_a_notebook(variants: int) -> None:
+    """Text and HTML have the same words, and neither passes on markup or control characters of the data."""
+    hostile = "<b>\x1b[31m" + "很长 very long " * 30
+    queries = [judged([0.1, 0.9, 0.0], [1], hostile), judged([0.9, 0.1, 0.0], [1], hostile)] * 3
+    names = "nDCG@10 MRR Recall@1 Recall@5 Recall@10 P@1 P@2"
+    clients = {f"v{index} <i>{'x' * 30}": client() for index in range(variants)}
+    evaluation = evaluate([*queries, {hostile: 1}], clients, measures=names)
     text, html = str(evaluation), evaluation._repr_html_()
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text + html
     assert "<b>" not in html
     assert "<i>" not in html
-    for word in ("nDCG@10", "Recall@5", "cannot tell", "top_n of", "score_threshold of the best F1", "6 requests"):
-        assert word in " ".join(text.split())
-        assert word in html
-    assert asdict(evaluation)["variants"][0]["measures"]["MRR"]["verdict"] == "cannot tell"
+    for phrase in ("nDCG@10", "P@2", "inconclusive", "Best score_threshold by F1", "Usage: 6 requests"):
+        assert phrase in " ".join(text.split())
+        assert phrase in html
+    assert '<td style="text-align:left">nDCG@10</td><td style="text-align:right">' in html
 
 
-def test_the_examples_are_what_they_say() -> None:
-    """There are 100 questions with at most 50 real candidates each, ids and texts, and BM25's order is no bad one."""
-    queries = example_queries()
-    assert len(queries) > 90
-    assert all(0 < len(query["documents"]) <= 50 for query in queries)
-    assert all(len(document["text"]) <= 1_000 for query in queries for document in query["documents"])
-    assert queries == example_queries()
+def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal shows the variant's name and a count. A file gets no progress bar."""
+    evaluate([GOOD] * 3, client(), show_progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    evaluate([GOOD] * 3, {"[my] variant": client()}, show_progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "[my] variant" in err
+    assert "100%" in err

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from regolo_rerank import InvalidInputError
-from regolo_rerank._examples.stdlib import documents, queries, questions
+from regolo_rerank.evaluation import example_queries
+from regolo_rerank.evaluation.examples import documents
 
 
 def test_the_standard_library_is_read_and_not_run() -> None:
-    """There is a document for each documented public module, and no module is imported for it."""
+    """There is a document for each documented public module, and no module is imported to read it."""
     before = set(sys.modules)
     found = documents.__wrapped__()
     assert set(sys.modules) == before
@@ -18,8 +18,8 @@ def test_the_standard_library_is_read_and_not_run() -> None:
     assert not [name for name in found if name.startswith("_")]
 
 
-def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that is private, damaged, undocumented or absent is no document, and does no harm."""
+def test_unreadable_modules_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private, damaged, undocumented and absent modules have no document."""
     for name, source in {
         "abc": b'"""Kept."""',
         "json/__init__": b'# coding: latin-1\n"""caf\xe9"""',
@@ -28,7 +28,7 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         "bz2": b'"""\xff"""',
         "cmd": b"x = 1",
         "dis": b'"""' + b"x" * 2_000 + b'"""',
-        "mine": b'"""No module of the standard library."""',
+        "mine": b'"""Not in the standard library."""',
     }.items():
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
@@ -38,22 +38,11 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     assert documents.__wrapped__() == {"abc": "Kept.", "dis": "x" * 1_000, "json": "café"}
 
 
-def test_questions_are_those_that_can_be_answered() -> None:
-    """Each has its module among the documents of this Python."""
-    assert questions().keys() <= documents().keys()
-    assert len(questions()) > 90
-
-
 def test_candidates_share_words_with_the_question_the_rarest_first() -> None:
     """BM25 finds at most 50 documents with a word of the question, the ones with rare words first."""
-    found = {query["relevant"][0]: [each["id"] for each in query["documents"]] for query in queries()}
+    found = {query["relevant"][0]: [each["id"] for each in query["documents"]] for query in example_queries()}
+    assert len(found) > 90
+    assert found.keys() <= documents().keys()
     assert found["ftplib"][0] == "ftplib"
     assert max(map(len, found.values())) == 50
     assert all(len(set(names)) == len(names) for names in found.values())
-
-
-def test_without_bm25_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The examples name the extra that brings the search."""
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(InvalidInputError, match=r"regolo_rerank\[demo\]"):
-        queries()

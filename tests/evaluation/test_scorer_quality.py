@@ -1,4 +1,4 @@
-"""What the embedded scorer was chosen for: it must go on being worth it."""
+"""The quality of the offline scorer on its reference data."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from regolo_rerank import RegoloClient
-from regolo_rerank._examples.stdlib import documents
 from regolo_rerank.evaluation import Variant, evaluate, example_queries
+from regolo_rerank.evaluation.examples import documents
 
 HOUSEHOLD = Path(__file__).parents[2] / "notebooks" / "data" / "household.jsonl"
 
 
 def household() -> list[dict[str, Any]]:
-    """Return 40 questions about the household, nature and health, each with all 40 paragraphs in no useful order."""
+    """Return 40 questions about the household, nature and health, each with all 40 paragraphs, unsorted."""
     lines = [json.loads(line) for line in HOUSEHOLD.read_text("utf-8").splitlines()]
     paragraphs = [{"id": line["id"], "text": line["text"]} for line in lines]
     return [{"query": line["question"], "documents": paragraphs, "relevant": [line["id"]]} for line in lines]
@@ -28,37 +28,37 @@ def everything() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def local() -> RegoloClient:
-    """A client of the embedded endpoint, which scores each pair once."""
+    """Return a client with the offline scorer, which scores each pair once."""
     return RegoloClient(base_url="local://", cache={})
 
 
 def reranked(queries: list[dict[str, Any]], client: RegoloClient) -> Variant:
-    """Return what reranking brings."""
+    """Return the results of reranking."""
     return evaluate(queries, client).variants[0]
 
 
-def test_it_makes_bm25s_order_better(local: RegoloClient) -> None:
-    """On 100 paraphrased questions it is better than BM25 by every measure, and a third of the documents is enough."""
+def test_it_improves_the_order_of_bm25(local: RegoloClient) -> None:
+    """On 100 paraphrased questions every measure improves, and less than half of the documents are enough."""
     found = reranked(example_queries(), local)
     assert {measure.verdict for measure in found.measures.values()} == {"better"}
     assert found.measures["nDCG@10"].after > 0.42
     assert found.top_n.after < found.top_n.before / 2
 
 
-def test_it_finds_by_itself_what_bm25_finds_first(local: RegoloClient) -> None:
-    """Over all documents it is far above BM25's 0.31, which shares words with 57 of the 100 answers only."""
+def test_it_ranks_all_documents_better_than_bm25(local: RegoloClient) -> None:
+    """BM25 has 0.31, because only 57 of the 100 answers share a word with the question."""
     assert reranked(everything(), local).measures["nDCG@10"].after > 0.48
 
 
-def test_it_knows_of_other_things_than_python(local: RegoloClient) -> None:
-    """On 40 questions about the household, whose words are not those of the answers, it finds half of them."""
+def test_it_works_beyond_python(local: RegoloClient) -> None:
+    """On 40 questions about the household, in other words than the answers, it finds half of them."""
     found = reranked(household(), local)
     assert found.measures["nDCG@10"].after > 0.45
     assert found.measures["Recall@10"].after > 0.6
 
 
-def test_a_half_is_the_middle_of_right_and_wrong(local: RegoloClient) -> None:
-    """Over both sets most answers score above 0.5, and most of what is no answer scores below."""
+def test_half_separates_right_from_wrong(local: RegoloClient) -> None:
+    """On both sets, most answers score above 0.5 and most other documents below."""
     right: list[float] = []
     wrong: list[float] = []
     for queries in (everything()[::3], household()):

@@ -1,1 +1,0 @@
-"""What `regolo_rerank.evaluation` is made of."""

@@ -1,1 +1,0 @@
-"""Real data to try things on."""
