@@ -163,7 +163,8 @@ def _resume(client: RegoloClient, path: Path, finished: Iterator[_Done], lines: 
         failed += has_failed
         tally.before += not has_failed
         tally.next_line = line.number + 1
-    os.truncate(path, end)
+    if path.stat().st_size > end:
+        os.truncate(path, end)
     # Without a buffer, each finished line reaches the file even if the process is killed.
     with path.open("ab", buffering=0) as file, progress_bar() as bar:
         task = bar.add_task("", total=_count(tally.source), completed=count)
@@ -321,6 +322,8 @@ def _write(file: IO[bytes], raw: bytes) -> None:
 def _lock(path: Path, source: str) -> Iterator[None]:
     """Create OUT if it does not exist, and keep other runs away from it."""
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} must be a file, so that a stopped run can resume")
         if source != "-" and path.exists() and path.samefile(source):
             raise UsageError(f"{path} is the input too; choose another OUT")
         file = path.open("ab")

@@ -248,7 +248,7 @@ def _describe(
     if prober.milliseconds:
         report["latency_ms"] = {"median": median(prober.milliseconds), "max": max(prober.milliseconds)}
         report["request_id"] = prober.request_id
-        report["usage"] = {name: value for name, value in prober.usage.items() if value}
+        report["usage"] = {name: round(value, 9) for name, value in prober.usage.items() if value}
     report["versions"] = {"regolo_rerank": __version__, "Python": platform.python_version()}
     for package in _PACKAGES:
         try:

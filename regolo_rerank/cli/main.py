@@ -106,11 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RegoloError as error:
         return _fail(shell_words(str(error)), 2 if isinstance(error, InvalidInputError) else 1)
     except OSError as error:
+        # A reader such as `head` may close the pipe early. Windows reports that as EINVAL.
+        if error.errno != errno.EPIPE and not (os.name == "nt" and error.errno == errno.EINVAL):
+            return _fail(str(error), 1)
         # Discard the rest of the buffer, because Python would try to write it again when it exits.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        # A reader such as `head` may close the pipe early. Windows reports that as EINVAL.
-        return 0 if error.errno in {errno.EPIPE, errno.EINVAL} else _fail(str(error), 1)
+        return 0
     except KeyboardInterrupt:
         return 130
 

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def suggest(name: str, known: list[str]) -> str:
     """Return a suggestion for a name that is unknown, or nothing."""
-    nearest = get_close_matches(name, known, 1)
+    nearest = get_close_matches(name, known, 1, 0.7)
     return f", did you mean {nearest[0]}?" if nearest else ""
 
 

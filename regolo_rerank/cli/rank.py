@@ -56,16 +56,15 @@ def _print(response: RerankResponse[_Found]) -> None:
             print(f"{place:{width}}  {score:.4f}  {text}")
         return
     table = Table.grid(padding=(0, 2))
-    table.add_column(justify="right", style="dim")
-    table.add_column(justify="right")
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
     table.add_column()
-    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     # Scores between 0 and 1 are shown as they are. Other scales, such as logits, are stretched to the bar.
     low = min(0.0, *(score for score, _ in rows))
     high = max(1.0, *(score for score, _ in rows))
     for place, (score, text) in enumerate(rows, 1):
         bar = Bar(high - low, 0, score - low, width=10, color="green")
-        table.add_row(str(place), f"{score:.4f}", bar, Text(text))
+        table.add_row(str(place), f"{score:.4f}", bar, Text(text, no_wrap=True, overflow="ellipsis"))
     console.print(table)
 
 

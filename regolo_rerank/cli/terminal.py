@@ -1,11 +1,11 @@
 """Output: results go to standard output, everything else to standard error."""
 
 import json
-import re
 import sys
 from typing import Any
 
 from rich.console import Console
+from rich.highlighter import JSONHighlighter
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -37,10 +37,10 @@ def print_json(fields: Any) -> None:
     console = out()
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
     text = json.dumps(fields, ensure_ascii=not is_utf8, indent=2 if console.is_terminal else None)
-    # JSON allows these control characters unescaped, but a terminal may act on them.
-    text = re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    # JSON allows characters that could control a terminal, so they are escaped.
+    text = "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
     if console.is_terminal:
-        console.print_json(text, indent=2, ensure_ascii=not is_utf8)
+        console.print(JSONHighlighter()(text), soft_wrap=True)
     else:
         print(text)
 
