@@ -88,23 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 success, 1 the service failed, 2 usage error, 130 interrupted.
     """
-    if find_spec("rich") is None:
-        print(f"regolo-rerank needs rich: {install_hint('cli')}", file=sys.stderr)
-        return 2
     # Without a handler, Python would print the log's warnings about retries above the final message.
     logging.getLogger("regolo_rerank").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
+        if find_spec("rich") is None:
+            print(f"regolo-rerank needs rich: {install_hint('cli')}", file=sys.stderr)
+            return 2
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             print(end="", flush=True)
-    except MissingAPIKeyError:
-        return _fail("no API key: set the environment variable REGOLO_API_KEY, or add --local to try without one", 2)
     except RegoloError as error:
-        return _fail(shell_words(str(error)), 2 if isinstance(error, InvalidInputError) else 1)
+        problem = shell_words(str(error))
+        if isinstance(error, MissingAPIKeyError):
+            problem = "no API key: set the environment variable REGOLO_API_KEY, or add --local to try without one"
+        return _fail(problem, 2 if isinstance(error, InvalidInputError | MissingAPIKeyError) else 1)
     except OSError as error:
         # A reader such as `head` may close the pipe early. Windows reports that as EINVAL.
         if error.errno != errno.EPIPE and not (os.name == "nt" and error.errno == errno.EINVAL):

@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 import random
 import signal
 import subprocess
@@ -30,11 +29,13 @@ class Files(NamedTuple):
 
 
 def query(number: int) -> dict[str, Any]:
+    """Return a line of IN. One of its documents has an id."""
     texts = f"low score={number / 100}", f"high score={number / 100 + 0.5}"
     return {"id": f"q{number}", "query": f"query {number}", "documents": [texts[0], {"id": "d", "text": texts[1]}]}
 
 
 def ranking(number: int) -> dict[str, Any]:
+    """Return the line of OUT that belongs to it."""
     best = {"index": 1, "relevance_score": number / 100 + 0.5, "id": "d"}
     return {"id": f"q{number}", "results": [best, {"index": 0, "relevance_score": number / 100}]}
 
@@ -53,10 +54,12 @@ def sent(stub: Stub) -> list[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
+    """IN with some queries, and OUT, which does not exist yet."""
     return Files(write_lines(tmp_path / "in.jsonl", *map(query, range(COUNT))), tmp_path / "out.jsonl")
 
 
 def test_each_line_becomes_a_ranking_in_order(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT alone is written, and a finished run sends no requests."""
     done = run("bulk", *files)
     assert (done.status, done.out) == (0, "")
     assert files.rankings() == [ranking(number) for number in range(COUNT)]
@@ -92,6 +95,7 @@ def test_lines_that_are_no_query_are_errors_with_their_input(files: Files, at_st
 
 @pytest.mark.parametrize("content", [b"id,query\n1,cats\n", b'[\n{"query": "q"}\n]\n', "x".encode("utf-16")])
 def test_a_file_without_queries_is_rejected(content: bytes, files: Files, at_stub: Stub, run: Run) -> None:
+    """CSV, a JSON array and UTF-16 are recognised before a request is sent."""
     files.source.write_bytes(content)
     done = run("bulk", *files)
     assert done.status == 2
@@ -102,6 +106,7 @@ def test_a_file_without_queries_is_rejected(content: bytes, files: Files, at_stu
 def test_gzip_and_standard_input_are_read(
     files: Files, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both resume a run, because only the lines count."""
     packed = files.source.with_name("in.gz")
     packed.write_bytes(gzip.compress(files.source.read_bytes()))
     assert run("bulk", packed, files.out).status == 0
@@ -113,6 +118,7 @@ def test_gzip_and_standard_input_are_read(
 
 @pytest.mark.parametrize("cut", [1, 30, 10_000])
 def test_a_run_continues_behind_the_last_complete_line(cut: int, files: Files, at_stub: Stub, run: Run) -> None:
+    """An incomplete line of OUT is written again, whatever was lost."""
     run("bulk", *files)
     content = files.out.read_bytes()
     kept = content[:-cut]
@@ -124,6 +130,7 @@ def test_a_run_continues_behind_the_last_complete_line(cut: int, files: Files, a
 
 
 def test_a_source_that_grew_is_continued(files: Files, at_stub: Stub, run: Run) -> None:
+    """Only the new lines are ranked."""
     run("bulk", *files)
     write_lines(files.source, *map(query, range(COUNT + 2)))
     assert run("bulk", *files).status == 0
@@ -146,6 +153,7 @@ def test_a_source_that_grew_is_continued(files: Files, at_stub: Stub, run: Run) 
 def test_an_out_of_something_else_is_rejected(
     lines: list[Any], options: list[Any], problem: str, retry: list[str], files: Files, at_stub: Stub, run: Run
 ) -> None:
+    """A changed IN and changed options are recognised, and OUT stays as it is."""
     write_lines(files.source, *map(query, range(3)))
     run("bulk", *files)
     content = files.out.read_bytes()
@@ -158,6 +166,7 @@ def test_an_out_of_something_else_is_rejected(
 
 
 def test_foreign_files_are_not_touched(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT must be a file that this command wrote, and not IN."""
     files.out.write_text("precious\n")
     assert "line 1: not written by this command" in run("bulk", *files).err
     assert files.out.read_text() == "precious\n"
@@ -168,6 +177,7 @@ def test_foreign_files_are_not_touched(files: Files, at_stub: Stub, run: Run) ->
 
 
 def test_failed_queries_are_retried_in_place(files: Files, at_stub: Stub, run: Run) -> None:
+    """The other lines of OUT stay, and no other file is left."""
     at_stub.reply = failing(3, 5)
     done = run("bulk", *files)
     assert done.status == 1
@@ -188,6 +198,7 @@ def test_failed_queries_are_retried_in_place(files: Files, at_stub: Stub, run: R
 
 
 def test_a_retry_that_stops_keeps_its_rankings(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT gets the rankings that were paid for."""
     at_stub.reply = failing(3, 5)
     run("bulk", *files)
     at_stub.reply = lambda request: scored(request) if request.json["query"].endswith("query 3") else error("down", 401)
@@ -213,6 +224,7 @@ def test_a_service_that_fails_stops_the_run(files: Files, at_stub: Stub, run: Ru
 
 
 def test_a_full_disk_stops_the_run(files: Files, at_stub: Stub, run: Run) -> None:
+    """The incomplete line is discarded by the next run."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))"
     code = f"{limit}; import sys; from regolo_rerank.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-B", "-c", code, "bulk", *map(str, files)]
@@ -225,6 +237,7 @@ def test_a_full_disk_stops_the_run(files: Files, at_stub: Stub, run: Run) -> Non
 
 
 def test_a_second_run_is_rejected(files: Files, at_stub: Stub, run: Run) -> None:
+    """Two processes must not write one OUT."""
     inner: list[Any] = []
 
     def reply(request: Received) -> Reply:
@@ -242,7 +255,8 @@ def test_a_second_run_is_rejected(files: Files, at_stub: Stub, run: Run) -> None
 def test_a_run_that_is_killed_loses_nothing_and_doubles_nothing(
     how: signal.Signals, files: Files, at_stub: Stub, run: Run
 ) -> None:
-    at_stub.reply = lambda request: Reply(scored(request).body, delay=0.02)
+    """A signal at any moment leaves an OUT that can be continued."""
+    at_stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
     command = [sys.executable, "-m", "regolo_rerank", "bulk", *map(str, files)]
     chance = random.Random(0)  # noqa: S311 - a test
     for _ in range(3):
@@ -254,7 +268,7 @@ def test_a_run_that_is_killed_loses_nothing_and_doubles_nothing(
             process.send_signal(how)
             assert process.stderr is not None
             words = process.stderr.read()
-        if how is signal.SIGINT and process.returncode:
+        if how is signal.SIGINT:
             assert process.returncode == 130
             assert "interrupted. Repeat the same command to resume at line" in words
     assert run("bulk", *files).status == 0
@@ -262,6 +276,7 @@ def test_a_run_that_is_killed_loses_nothing_and_doubles_nothing(
 
 
 def test_a_killed_retry_leaves_out_as_it_was(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT is replaced at the end, in one step."""
     at_stub.reply = failing(3)
     run("bulk", *files)
     content = files.out.read_bytes()
@@ -278,8 +293,9 @@ def test_a_killed_retry_leaves_out_as_it_was(files: Files, at_stub: Stub, run: R
 def test_progress_is_shown_on_a_terminal_only(
     files: Files, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A log gets no progress bar."""
     assert "\r" not in run("bulk", *files).err
-    os.remove(files.out)
+    files.out.unlink()
     monkeypatch.setenv("FORCE_COLOR", "1")
     err = run("bulk", *files).err
     assert "12 ranked, 0 failed" in err

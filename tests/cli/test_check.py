@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from socketserver import TCPServer
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -73,6 +73,7 @@ def tagged(request: Received) -> Reply:
 def test_a_format_that_is_clearly_better_is_recommended(
     answer: Callable[[Received], Reply], right: str, template: str, at_stub: Stub, run: Run
 ) -> None:
+    """The verdict is first, then a line of code that works, then the evidence in 80 columns."""
     at_stub.reply = answer
     done = run("check", "--base-url", at_stub.url)
     lines = done.out.splitlines()
@@ -96,6 +97,7 @@ def test_a_tie_keeps_the_default(at_stub: Stub, run: Run) -> None:
 
 
 def test_the_format_test_is_skipped_for_the_offline_scorer(run: Run) -> None:
+    """One request is enough, and no row is about a server."""
     done = run("check", "--local")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith('OK: the offline scorer works.\n\n  RegoloClient(base_url="local://")\n\n')
@@ -103,6 +105,7 @@ def test_the_format_test_is_skipped_for_the_offline_scorer(run: Run) -> None:
 
 
 def test_rows_have_the_information_of_the_server(at_stub: Stub, run: Run) -> None:
+    """Rows without information are left out, and so is the key."""
     headers = {"x-litellm-call-id": "call-1", "x-litellm-key-rpm-limit": "5", "x-litellm-response-cost": "0.001"}
     at_stub.reply = lambda request: Reply(json.loads(concatenating(request).encoded()), headers=headers)
     out = run("check").out
@@ -125,6 +128,7 @@ def test_rows_have_the_information_of_the_server(at_stub: Stub, run: Run) -> Non
 def test_a_model_that_is_no_reranker_is_a_problem(
     answer: Callable[[Received], Reply], problem: str, at_stub: Stub, run: Run
 ) -> None:
+    """No line of code is recommended."""
     at_stub.reply = answer
     done = run("check")
     assert done.status == 1
@@ -133,6 +137,8 @@ def test_a_model_that_is_no_reranker_is_a_problem(
 
 
 def test_a_listwise_model_is_a_warning(at_stub: Stub, run: Run) -> None:
+    """Scores that depend on other documents are reported."""
+
     def listwise(request: Received) -> Reply:
         body = json.loads(concatenating(request).encoded())
         for each in body["results"]:
@@ -148,6 +154,7 @@ def test_a_listwise_model_is_a_warning(at_stub: Stub, run: Run) -> None:
 
 
 def test_a_key_that_is_not_set_is_not_blamed(at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice differs for a wrong key and for a missing one."""
     at_stub.always(error("no", 401))
     rejected = run("check")
     assert rejected.status == 1
@@ -162,6 +169,7 @@ def test_a_key_that_is_not_set_is_not_blamed(at_stub: Stub, run: Run, monkeypatc
 
 
 def test_without_a_connection_the_address_is_blamed(run: Run) -> None:
+    """The report has the address that was tried."""
     done = run("check", "--base-url", "http://127.0.0.1:9", "--max-retries", 0)
     assert done.status == 1
     assert "Check --base-url, the network and the proxy." in " ".join(done.out.split())
@@ -171,8 +179,8 @@ def test_without_a_connection_the_address_is_blamed(run: Run) -> None:
 class Catalog(BaseHTTPRequestHandler):
     """A server that knows its models, and rejects others."""
 
-    catalogs: dict[str, Any] = {}
-    keys: list[str | None] = []
+    catalogs: ClassVar[dict[str, Any]] = {}
+    keys: ClassVar[list[str | None]] = []
 
     def do_GET(self) -> None:
         self.keys.append(self.headers["authorization"])
@@ -194,19 +202,19 @@ class Catalog(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def catalog(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Catalog]]:
-    class Fresh(Catalog):
-        catalogs: dict[str, Any] = {}
-        keys: list[str | None] = []
-
-    with TCPServer(("127.0.0.1", 0), Fresh) as server:
+    """A server with a list of models."""
+    Catalog.catalogs.clear()
+    Catalog.keys.clear()
+    with TCPServer(("127.0.0.1", 0), Catalog) as server:
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("REGOLO_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
         monkeypatch.setenv("REGOLO_API_KEY", KEY)
-        yield Fresh
+        yield Catalog
         server.shutdown()
 
 
 def test_an_unknown_model_ends_with_the_models_of_the_server(catalog: type[Catalog], run: Run) -> None:
+    """Both kinds of lists are read, with context lengths and the key."""
     catalog.catalogs["/v1/models"] = {"data": [{"id": "bge-reranker", "max_model_len": 8192}, {"id": "llama"}]}
     catalog.catalogs["/model/info"] = {
         "data": [
@@ -224,6 +232,7 @@ def test_an_unknown_model_ends_with_the_models_of_the_server(catalog: type[Catal
 
 
 def test_a_catalog_that_is_malformed_is_ignored(catalog: type[Catalog], run: Run) -> None:
+    """A server may return anything."""
     catalog.catalogs |= {"/v1/models": ["bge-reranker"], "/model/info": {"data": None}}
     done = run("check")
     assert done.status == 1

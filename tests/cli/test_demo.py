@@ -35,6 +35,7 @@ def test_without_a_key_the_demo_runs_on_this_machine(run: Run, monkeypatch: pyte
 
 
 def test_with_a_key_the_number_of_requests_is_announced(at_stub: Stub, run: Run) -> None:
+    """--local sends none."""
     done = run("demo")
     assert done.status == 0
     (count,) = re.findall(rf"Sending (\d+) requests to {at_stub.url}\. Add --local to send none\.", done.out)
@@ -45,6 +46,7 @@ def test_with_a_key_the_number_of_requests_is_announced(at_stub: Stub, run: Run)
 
 
 def test_a_missing_framework_is_named_after_the_first_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first line does not wait for the frameworks."""
     monkeypatch.setitem(sys.modules, "llama_index.core.schema", None)
     done = run("demo")
     assert done.status == 2

@@ -20,10 +20,12 @@ def judged(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """A file of judged queries."""
     return write_lines(tmp_path / "judged.jsonl", *map(judged, range(12)))
 
 
 def test_the_report_is_printed(file: Path, at_stub: Stub, run: Run) -> None:
+    """As text in 80 columns or as JSON, with other measures on request."""
     done = run("evaluate", file)
     assert (done.status, done.err) == (0, "")
     assert "nDCG@10" in done.out
@@ -35,6 +37,7 @@ def test_the_report_is_printed(file: Path, at_stub: Stub, run: Run) -> None:
 
 
 def test_options_that_are_repeated_are_compared(file: Path, at_stub: Stub, run: Run) -> None:
+    """Each combination is a variant, named by its values."""
     formats = "--prompt-format", "tagged", "--prompt-format", "plain"
     variants = json.loads(run("evaluate", file, "--json", "--model", "m", "--model", "n", *formats).out)["variants"]
     assert [each["name"] for each in variants] == ["m, tagged", "m, plain", "n, tagged", "n, plain"]
@@ -46,6 +49,7 @@ def test_options_that_are_repeated_are_compared(file: Path, at_stub: Stub, run: 
 def test_output_files_are_checked_before_the_first_request(
     option: str, file: Path, tmp_path: Path, at_stub: Stub, run: Run
 ) -> None:
+    """Requests cost money."""
     done = run("evaluate", file, option, tmp_path / "nowhere" / "x.png")
     assert done.status == 2
     assert f"{option}: the folder {tmp_path / 'nowhere'} does not exist" in done.err
@@ -54,6 +58,7 @@ def test_output_files_are_checked_before_the_first_request(
 
 
 def test_a_picture_needs_a_suffix_that_can_be_drawn(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Matplotlib would notice after the last request."""
     done = run("evaluate", file, "--picture", tmp_path / "gain.xyz")
     assert done.status == 2
     assert "--picture must end in one of" in done.err
@@ -61,6 +66,7 @@ def test_a_picture_needs_a_suffix_that_can_be_drawn(file: Path, tmp_path: Path, 
 
 
 def test_files_are_written_and_named(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Each file is reported when it exists."""
     picture, rankings, queries = tmp_path / "gain.png", tmp_path / "out.run", tmp_path / "queries.jsonl"
     done = run("evaluate", file, "--picture", picture, "--save-run", rankings, "--per-query", queries)
     assert done.status == 0
@@ -72,6 +78,7 @@ def test_files_are_written_and_named(file: Path, tmp_path: Path, at_stub: Stub, 
 
 
 def test_the_cache_is_shared_with_python(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """A notebook reads the scores that the shell paid for."""
     cache = tmp_path / "scores.db"
     run("evaluate", file, "--cache", cache)
     sent = len(at_stub.received)
@@ -82,6 +89,7 @@ def test_the_cache_is_shared_with_python(file: Path, tmp_path: Path, at_stub: St
 
 
 def test_bad_lines_are_named_and_failures_are_status_1(file: Path, at_stub: Stub, run: Run) -> None:
+    """The other lines are evaluated."""
     write_lines(file, *map(judged, range(5)), "no json")
     done = run("evaluate", file)
     assert done.status == 1
@@ -92,6 +100,7 @@ def test_bad_lines_are_named_and_failures_are_status_1(file: Path, at_stub: Stub
 
 
 def test_a_beir_folder_is_read(tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Titles are scored, and that is reported."""
     write_lines(
         tmp_path / "corpus.jsonl", *({"_id": f"d{n}", "title": "t", "text": f"cat {n} score=0.{n}"} for n in "12")
     )
@@ -105,6 +114,7 @@ def test_a_beir_folder_is_read(tmp_path: Path, at_stub: Stub, run: Run) -> None:
 
 
 def test_one_source_is_required(file: Path, run: Run) -> None:
+    """Several sources, or parts of one, are a usage error."""
     for arguments in ([], [file, "--beir", "x"], ["--qrels", "x", "--queries", "y"]):
         done = run("evaluate", "--local", *arguments)
         assert done.status == 2

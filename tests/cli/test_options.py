@@ -13,14 +13,16 @@ from tests.conftest import KEY
 from tests.support.stub import Stub
 
 COMMANDS = "rank", "bulk", "evaluate", "check", "demo"
-SHARED = (
+SHARED = re.findall(
+    "--[a-z-]+",
     "--base-url --local --model --instruction --prompt-format --timeout --total-timeout --max-retries "
-    "--max-concurrency --batch-size --max-document-chars --header --extra-body --allow-http --no-key"
-).split()
+    "--max-concurrency --batch-size --max-document-chars --header --extra-body --allow-http --no-key",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_80_columns_and_has_its_own_examples_only(command: str, run: Run) -> None:
+    """No line wraps in a small terminal."""
     done = run(command, "--help")
     assert done.status == 0
     assert max(map(len, done.out.splitlines())) <= 80
@@ -30,10 +32,12 @@ def test_help_fits_80_columns_and_has_its_own_examples_only(command: str, run: R
 
 @pytest.mark.parametrize("command", ["rank", "bulk", "evaluate", "check"])
 def test_four_commands_have_the_same_options(command: str, run: Run) -> None:
+    """A server that `rank` can use can be checked and measured too."""
     assert set(SHARED) <= set(re.findall(r"--[a-z-]+", run(command, "--help").out))
 
 
 def test_help_shows_defaults_and_choices(run: Run) -> None:
+    """The defaults are those of the client."""
     words = " ".join(run("rank", "--help").out.split())
     options = RegoloClient(base_url="local://").options
     for name in ("model", "timeout", "total_timeout", "max_retries", "max_concurrency", "batch_size"):
@@ -42,6 +46,7 @@ def test_help_shows_defaults_and_choices(run: Run) -> None:
 
 
 def test_without_arguments_the_help_is_printed(run: Run) -> None:
+    """It lists the commands."""
     done = run()
     assert (done.status, done.out) == (0, run("--help").out)
     assert all(f"\n    {command} " in done.out for command in COMMANDS)
@@ -68,6 +73,7 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
     ],
 )
 def test_errors_use_shell_words_and_name_the_next_step(arguments: list[str], words: str, run: Run) -> None:
+    """One line, without Python names."""
     done = run(*arguments)
     assert (done.status, done.out) == (2, "")
     assert words in done.err
@@ -76,6 +82,7 @@ def test_errors_use_shell_words_and_name_the_next_step(arguments: list[str], wor
 
 @pytest.mark.parametrize("arguments", [["--api-key", KEY], [f"--api-key={KEY}"], ["--header", KEY], [f"--kye={KEY}"]])
 def test_no_error_repeats_what_may_be_a_key(arguments: list[str], run: Run) -> None:
+    """A key may stand in the place of anything."""
     done = run("rank", "q", *arguments)
     assert done.status == 2
     assert KEY not in done.err
@@ -100,6 +107,7 @@ def test_options_reach_the_request(at_stub: Stub, tmp_path: Path, run: Run) -> N
 def test_a_key_over_http_needs_an_option_of_the_shell(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The message names options that exist in a shell."""
     monkeypatch.setenv("REGOLO_API_KEY", KEY)
     (tmp_path / "a.txt").write_text("a\n")
     command = ["rank", "q", tmp_path / "a.txt", "--base-url", "http://vllm.invalid:8000", "--max-retries", "0"]
@@ -112,6 +120,7 @@ def test_a_key_over_http_needs_an_option_of_the_shell(
 
 
 def test_messages_of_the_library_are_translated() -> None:
+    """Names of options that are also words stay words."""
     assert shell_words("model: must not be blank") == "--model: must not be blank"
     assert shell_words("use another model, or raise total_timeout") == "use another model, or raise --total-timeout"
     assert shell_words("score_threshold: x; set base_url='local://'") == "--threshold: x; add --local"
@@ -119,12 +128,14 @@ def test_messages_of_the_library_are_translated() -> None:
 
 
 def test_without_rich_the_command_to_install_it_is_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no traceback."""
     monkeypatch.setattr("regolo_rerank.cli.main.find_spec", lambda _name: None)
     done = run("rank", "q")
     assert (done.status, done.err) == (2, f"regolo-rerank needs rich: {install_hint('cli')}\n")
 
 
 def test_help_loads_neither_httpx_nor_a_framework() -> None:
+    """Help appears at once."""
     code = (
         "import sys; from regolo_rerank.cli.main import main\n"
         "try: main(['rank', '--help'])\nexcept SystemExit: pass\n"

@@ -23,6 +23,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_a_pipe_gets_whole_documents_best_first(texts: Path, at_stub: Stub, run: Run) -> None:
+    """No document is cut, so that `grep` finds its end."""
     done = run("rank", "q", texts)
     assert (done.status, done.err) == (0, "")
     assert done.out.splitlines() == ["1  0.9000  best score=0.9", f"2  0.7000  {LONG}", "3  0.1000  low score=0.1"]
@@ -52,6 +53,7 @@ def test_json_is_recognised_by_its_content(
 
 
 def test_fields_may_have_other_names(tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """The error suggests the field that may hold the text."""
     file = write_lines(tmp_path / "rows.jsonl", {"id": 7, "body": "x score=0.5", "title": "t"})
     done = run("rank", "q", file)
     assert done.status == 2
@@ -61,6 +63,7 @@ def test_fields_may_have_other_names(tmp_path: Path, at_stub: Stub, run: Run) ->
 
 
 def test_results_that_are_left_out_are_explained(texts: Path, at_stub: Stub, run: Run) -> None:
+    """An empty result is not silent."""
     assert run("rank", "q", texts, "--top-n", 1).out == "1  0.9000  best score=0.9\n"
     done = run("rank", "q", texts, "--threshold", 0.95)
     assert (done.status, done.out) == (0, "")
@@ -69,6 +72,7 @@ def test_results_that_are_left_out_are_explained(texts: Path, at_stub: Stub, run
 
 
 def test_empty_input_is_a_usage_error(tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """An empty file is more often a mistake."""
     (tmp_path / "empty").write_text("\n")
     assert run("rank", "q", tmp_path / "empty") == (2, "", "regolo-rerank: no documents: the input is empty\n")
     assert not at_stub.received
@@ -87,7 +91,7 @@ def test_a_terminal_gets_a_table_that_fits(
     assert "█████████   best" in lines[0]
     assert "UNICORN" not in lines[1]
     assert "…" in lines[1]
-    assert '\n  "results": [' in run("rank", "q", texts, "--json").out
+    assert run("rank", "q", texts, "--json").out.count("\n    ") > 3 * 4
     assert len(at_stub.received) == 4
 
 
@@ -95,6 +99,7 @@ def test_a_terminal_gets_a_table_that_fits(
 def test_a_document_cannot_control_the_terminal(
     *, terminal: bool, tmp_path: Path, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Control characters and markup of a document have no effect."""
     file = write_lines(tmp_path / "a.jsonl", {"text": "red\x1b[31m \x9b2J\u202e\nnext [bold]line[/bold] score=0.5"})
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
@@ -107,6 +112,7 @@ def test_a_document_cannot_control_the_terminal(
 
 
 def test_a_stdout_without_unicode_gets_escapes(texts: Path, at_stub: Stub) -> None:
+    """No character ends the command, and JSON stays JSON."""
     texts.write_text("caffè score=0.5\n", "utf-8")
     environment = {"PYTHONIOENCODING": "ascii", "REGOLO_BASE_URL": at_stub.url}
     command = [sys.executable, "-m", "regolo_rerank", "rank", "q", str(texts)]
@@ -119,6 +125,8 @@ def test_a_stdout_without_unicode_gets_escapes(texts: Path, at_stub: Stub) -> No
 
 
 def test_a_closed_pipe_is_no_error(texts: Path, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `rank ... | head -1`."""
+
     class Closed(io.StringIO):
         def flush(self) -> None:
             raise BrokenPipeError(32, "closed")
@@ -133,6 +141,7 @@ def test_a_closed_pipe_is_no_error(texts: Path, at_stub: Stub, run: Run, monkeyp
 
 
 def test_a_service_that_fails_is_status_1(texts: Path, at_stub: Stub, run: Run) -> None:
+    """The message is one line."""
     at_stub.always(error("Invalid model name", 400))
     done = run("rank", "q", texts)
     assert done.status == 1
@@ -141,5 +150,6 @@ def test_a_service_that_fails_is_status_1(texts: Path, at_stub: Stub, run: Run) 
 
 
 def test_without_a_key_the_shell_way_out_is_named(texts: Path, run: Run) -> None:
+    """The status is that of a usage error."""
     message = "no API key: set the environment variable REGOLO_API_KEY, or add --local to try without one"
     assert run("rank", "q", texts) == (2, "", f"regolo-rerank: {message}\n")
