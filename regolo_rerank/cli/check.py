@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -83,7 +84,9 @@ def run(*, as_json: bool, **options: Any) -> int:
     is_local = server.startswith("local:")
     report: dict[str, Any] = {"verdict": "", "problem": None, "line": None, "warnings": []}
     failure: errors.RegoloError | None = None
-    with httpx.Client(timeout=options.setdefault("timeout", 60.0)) as http:
+    # Each warning of the client is about a finding of the report.
+    ignored = warnings.catch_warnings(action="ignore", category=errors.RerankWarning)
+    with ignored, httpx.Client(timeout=options.setdefault("timeout", 60.0)) as http:
         with open_client(options, **({} if is_local else {"http_client": http})) as client:
             prober = _Prober(client)
             http.event_hooks = {"response": [prober.note]}

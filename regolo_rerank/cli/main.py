@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,17 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from regolo_rerank._version import __version__, install_hint
-from regolo_rerank.cli.options import (
-    Parser,
-    UsageError,
-    add_client,
-    add_fields,
-    add_results,
-    add_server,
-    shell_words,
-    suggest,
-)
-from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError
+from regolo_rerank.cli.options import Parser, UsageError, add_client, add_server, shell_words, suggest
+from regolo_rerank.errors import InvalidInputError, MissingAPIKeyError, RegoloError, RerankWarning
 
 __all__ = ["main"]
 
@@ -97,19 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if find_spec("rich") is None:
             print(f"regolo-rerank needs rich: {install_hint('cli')}", file=sys.stderr)
             return 2
-        try:
-            return _run(sys.argv[1:] if argv is None else list(argv))
-        finally:
-            print(end="", flush=True)
+        with warnings.catch_warnings(record=True, action="default", category=RerankWarning) as caught:
+            try:
+                return _run(sys.argv[1:] if argv is None else list(argv))
+            finally:
+                print(end="", flush=True)
+                for warning in {str(each.message): None for each in caught if issubclass(each.category, RerankWarning)}:
+                    _say(f"warning: {shell_words(warning)}")
     except RegoloError as error:
         problem = shell_words(str(error))
         if isinstance(error, MissingAPIKeyError):
             problem = "no API key: set the environment variable REGOLO_API_KEY, or add --local to try without one"
-        return _fail(problem, 2 if isinstance(error, InvalidInputError | MissingAPIKeyError) else 1)
+        return _say(problem, 2 if isinstance(error, InvalidInputError | MissingAPIKeyError) else 1)
     except OSError as error:
         # A reader such as `head` may close the pipe early. Windows reports that as EINVAL.
         if error.errno != errno.EPIPE and not (os.name == "nt" and error.errno == errno.EINVAL):
-            return _fail(str(error), 1)
+            return _say(str(error), 1)
         # Discard the rest of the buffer, because Python would try to write it again when it exits.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -118,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(problem: str, status: int) -> int:
+def _say(message: str, status: int = 0) -> int:
     from regolo_rerank.cli.terminal import say
 
-    say(problem)
+    say(message)
     return status
 
 
@@ -188,10 +183,8 @@ def _build_parsers() -> tuple[Parser, dict[str, Parser]]:
     check = add("check", "check the API key, server, model and prompt format", _CHECK)
     check.add_argument("--json", **json)
     add_server(add("demo", "show the effect of reranking on Python's own documentation", _DEMO))
-    for each in (rank, bulk):
-        add_results(each)
-    for each in (rank, bulk, evaluate):
-        add_fields(each)
-    for each in (rank, bulk, evaluate, check):
-        add_client(each, several=each is evaluate)
+    add_client(rank, fields=True, results=True)
+    add_client(bulk, fields=True, results=True)
+    add_client(evaluate, fields=True, several=True)
+    add_client(check)
     return parser, commands

@@ -15,18 +15,7 @@ from regolo_rerank.prompts import PRESETS
 if TYPE_CHECKING:
     from regolo_rerank import RegoloClient
 
-__all__ = [
-    "Parser",
-    "UsageError",
-    "add_client",
-    "add_fields",
-    "add_results",
-    "add_server",
-    "open_client",
-    "server_of",
-    "shell_words",
-    "suggest",
-]
+__all__ = ["Parser", "UsageError", "add_client", "add_server", "open_client", "server_of", "shell_words", "suggest"]
 
 _FLAGS: Final = {"score_threshold": "--threshold", "default_headers": "--header", "api_key": API_KEY_VARIABLE}
 """Client options that have another name in the shell."""
@@ -34,6 +23,8 @@ _PHRASES: Final = {
     r"""(pass |set )?api_key=(''|"")""": "add --no-key",
     r"""(pass |set )?base_url=['"]local://['"]""": "add --local",
     r"(pass |set )?allow_http=True": "add --allow-http",
+    r"api_key, or the environment": "the environment",
+    r" or pass api_key|, and long_documents='split' to score all of it": "",
 }
 _NAMES: Final = "|".join(Options.model_fields)
 _SPELT: Final = "|".join(["text_field", "title_field", *(name for name in Options.model_fields if "_" in name)])
@@ -136,22 +127,32 @@ def add_server(parser: Parser) -> None:
     server.add_argument("--local", help="use the offline scorer: no API key, no network", **local)
 
 
-def add_client(parser: Parser, *, several: bool = False) -> None:
+def add_client(parser: Parser, *, fields: bool = False, results: bool = False, several: bool = False) -> None:
     """Add the options that `rank`, `bulk`, `evaluate` and `check` share.
 
     Args:
         parser: The parser of the command.
+        fields: Add the options that choose the fields of a document.
+        results: Add the options that limit the results.
         several: Accept several models, instructions and prompt formats.
     """
 
     def add(flag: str, words: str, metavar: str = "N", **settings: Any) -> None:
-        field = Options.model_fields.get(flag[2:].replace("-", "_"))
-        if field and isinstance(field.default, str | int | float) and "default" not in words:
-            words += f" (default: {field.default})"
+        option = Options.model_fields.get(flag[2:].replace("-", "_"))
+        if option and isinstance(option.default, str | int | float) and "default" not in words:
+            words += f" (default: {option.default})"
         parser.add_argument(flag, metavar=metavar, help=words, **settings)
 
     repeat: Any = {"action": "append"} if several else {}
     more = "; repeat to compare" if several else ""
+    if results:
+        add("--top-n", "number of results (default: all)", type=_COUNT)
+        words = "drop results with a lower score (default: keep all)"
+        add("--threshold", words, "SCORE", type=_number(float, float("-inf")), dest="score_threshold")
+    if fields:
+        add("--text-field", "field with the text (default: text)", "NAME", default="text")
+        words = 'field scored in front of the text, "" for none (default: title)'
+        add("--title-field", words, "NAME", default="title")
     add_server(parser)
     add("--model", f"reranking model{more}", "NAME", **repeat)
     add("--instruction", f"task of the model (default: web search){more}", "TEXT", **repeat)
@@ -168,22 +169,6 @@ def add_client(parser: Parser, *, several: bool = False) -> None:
     add("--extra-body", "additional fields of each request, as a JSON object", "JSON", type=_read_object)
     parser.add_argument("--allow-http", action="store_true", help="allow the key over plain http to another machine")
     parser.add_argument("--no-key", action="store_const", const="", dest="api_key", help="send no API key")
-
-
-def add_fields(parser: Parser) -> None:
-    """Add the options that name the fields of a document."""
-    parser.add_argument("--text-field", metavar="NAME", default="text", help="field with the text (default: text)")
-    words = 'field scored in front of the text, "" for none (default: title)'
-    parser.add_argument("--title-field", metavar="NAME", default="title", help=words)
-
-
-def add_results(parser: Parser) -> None:
-    """Add the options that limit the results."""
-    parser.add_argument("--top-n", type=_COUNT, metavar="N", help="number of results (default: all)")
-    words = "drop results with a lower score (default: keep all)"
-    parser.add_argument(
-        "--threshold", type=_number(float, float("-inf")), metavar="SCORE", dest="score_threshold", help=words
-    )
 
 
 def open_client(options: dict[str, Any], **more: Any) -> "RegoloClient":

@@ -8,7 +8,7 @@ import pytest
 from regolo_rerank import RegoloClient, __version__
 from regolo_rerank._version import install_hint
 from regolo_rerank.cli.options import shell_words
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, write_lines
 from tests.conftest import KEY
 from tests.support.stub import Stub
 
@@ -125,6 +125,17 @@ def test_messages_of_the_library_are_translated() -> None:
     assert shell_words("use another model, or raise total_timeout") == "use another model, or raise --total-timeout"
     assert shell_words("score_threshold: x; set base_url='local://'") == "--threshold: x; add --local"
     assert shell_words("pass api_key='' or set allow_http=True") == "add --no-key or add --allow-http"
+
+
+def test_warnings_are_one_line_each(at_stub: Stub, tmp_path: Path, run: Run) -> None:
+    """They are printed once, after the result, without the place in the code."""
+    file = write_lines(tmp_path / "in.jsonl", *({"query": f"q{n}", "documents": ["a"]} for n in range(3)))
+    done = run("bulk", file, tmp_path / "out.jsonl", "--instruction", "Find recipes", "--prompt-format", "plain")
+    (warning,) = [line for line in done.err.splitlines() if "warning" in line]
+    assert warning.startswith("regolo-rerank: warning: instruction has no effect")
+    assert "Set --prompt-format" in warning
+    assert run("check", "--instruction", "Find recipes").err == ""
+    assert at_stub.received
 
 
 def test_without_rich_the_command_to_install_it_is_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

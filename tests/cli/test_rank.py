@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_table_that_fits(
     assert "UNICORN" not in lines[1]
     assert "…" in lines[1]
     assert run("rank", "q", texts, "--json").out.count("\n    ") > 3 * 4
-    assert len(at_stub.received) == 4
+    assert len(at_stub.received) == 3
 
 
 @pytest.mark.parametrize("terminal", [False, True])
