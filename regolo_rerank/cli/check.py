@@ -22,7 +22,7 @@ from rich.text import Text
 from regolo_rerank import errors
 from regolo_rerank._version import __version__
 from regolo_rerank.cli.options import open_client, server_of, shell_words
-from regolo_rerank.cli.terminal import clean, out, print_json
+from regolo_rerank.cli.terminal import clean, out, print_json, show
 from regolo_rerank.client import RegoloClient
 from regolo_rerank.prompts import DEFAULT_INSTRUCTION, PRESETS, PromptFormat, preset_for
 
@@ -262,18 +262,17 @@ def _describe(
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = out()
-    console.print(Text(clean(report["verdict"]), style="bold red" if report["problem"] else "bold green"))
+    show(Text(clean(report["verdict"]), style="bold red" if report["problem"] else "bold green"))
     for warning in report["warnings"]:
-        console.print(Text(f"Warning: {clean(warning)}", style="yellow"))
-    console.print(Text(f"\n  {report['line']}\n" if report["line"] else ""), soft_wrap=True)
+        show(Text(f"Warning: {clean(warning)}", style="yellow"))
+    out().print(Text(f"\n  {report['line']}\n" if report["line"] else ""), soft_wrap=True)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for label, words in _rows(report):
         if words:
             table.add_row(label, Text(clean(words)))
-    console.print(table)
+    show(table)
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str | None]]:

@@ -7,13 +7,12 @@ through LangChain and once through LlamaIndex. Then 100 questions show the impro
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from regolo_rerank._version import install_hint
 from regolo_rerank.cli.options import open_client, server_of
-from regolo_rerank.cli.terminal import out
+from regolo_rerank.cli.terminal import show
 from regolo_rerank.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -34,9 +33,8 @@ Next steps:
 
 def run(**options: Any) -> int:
     """Run the command and return its exit status."""
-    console = out()
     # The frameworks take seconds to load, so print a line first.
-    console.print("Which module of Python's standard library answers a question?", style="bold")
+    show(Text("Which module of Python's standard library answers a question?", "bold"))
     if not any(os.environ.get(name, "").strip() for name in ("REGOLO_API_KEY", "REGOLO_BASE_URL")):
         options.setdefault("base_url", "local://")
     server = server_of(options)
@@ -45,23 +43,23 @@ def run(**options: Any) -> int:
 
         queries = {query["relevant"][0]: query for query in example_queries()}
         if server.startswith("local:"):
-            console.print("The offline scorer runs. Set REGOLO_API_KEY to use a reranking model.")
+            show("The offline scorer runs. Set REGOLO_API_KEY to use a reranking model.")
         else:
             count = len(queries) + 2 * len(SHOWN)
-            console.print(f"Sending {count} requests to {server}. Add --local to send none.", soft_wrap=True)
+            show(f"Sending {count} requests to {server}. Add --local to send none.")
         agree = True
         for module in [each for each in SHOWN if each in (found["id"] for found in queries[each]["documents"])]:
             after = _rank_with_langchain(queries[module], options)
             agree &= after == _rank_with_llama_index(queries[module], options)
-            _print_question(console, module, queries[module], after)
+            _print_question(module, queries[module], after)
     except ImportError as error:
         if (error.name or "").startswith("regolo_rerank"):
             raise
         raise InvalidInputError(f"the demo needs more packages: {install_hint('demo')}") from None
-    console.print(f"\nLangChain and LlamaIndex return {'the same' if agree else 'different'} documents.\n")
+    show(f"\nLangChain and LlamaIndex return {'the same' if agree else 'different'} documents.\n")
     with open_client(options) as client:
-        _print_figures(console, evaluate(list(queries.values()), client))
-    console.print(_NEXT)
+        _print_figures(evaluate(list(queries.values()), client))
+    show(_NEXT)
     return 0
 
 
@@ -87,7 +85,7 @@ def _rank_with_llama_index(query: dict[str, Any], options: dict[str, Any]) -> li
     return [node.node_id for node in reranker.postprocess_nodes(nodes, query_str=query["query"])]
 
 
-def _print_question(console: Console, module: str, query: dict[str, Any], after: list[str]) -> None:
+def _print_question(module: str, query: dict[str, Any], after: list[str]) -> None:
     """Print the first documents before and after reranking, and the change of the right one."""
     texts = {each["id"]: each["text"] for each in query["documents"]}
     table = Table.grid(padding=(0, 2), expand=True)
@@ -98,9 +96,7 @@ def _print_question(console: Console, module: str, query: dict[str, Any], after:
         cells = (f"{place}. {name}: {texts[name].splitlines()[0]}" for name in names)
         table.add_row(*(Text(cell, "green" if name == module else "") for cell, name in zip(cells, names, strict=True)))
     before, now = (_ordinal(names.index(module) + 1) for names in (list(texts), after))
-    console.print(
-        Text(f"\n{query['query']}", "bold"), table, Text(f"{module}: {before} -> {now}", "bold green"), sep="\n"
-    )
+    show(Text(f"\n{query['query']}", "bold"), table, Text(f"{module}: {before} -> {now}", "bold green"))
 
 
 def _ordinal(number: int) -> str:
@@ -108,7 +104,7 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if 10 < number % 100 < 20 else ending}"
 
 
-def _print_figures(console: Console, evaluation: "Evaluation") -> None:
+def _print_figures(evaluation: "Evaluation") -> None:
     (variant,) = evaluation.variants
     table = Table.grid(padding=(0, 2))
     table.add_row(f"{evaluation.queries} questions", "BM25", "reranked", "gain with its 95% interval", style="dim")
@@ -117,6 +113,6 @@ def _print_figures(console: Console, evaluation: "Evaluation") -> None:
         gain = f"{each.difference:+.3f} ({each.low:+.3f} to {each.high:+.3f}), {each.verdict}"
         table.add_row(name, f"{each.before:.3f}", f"{each.after:.3f}", gain)
     table.add_row("top_n to keep 95%", str(variant.top_n.before), str(variant.top_n.after))
-    console.print(table)
+    show(table)
     if variant.failed:
-        console.print(f"{len(variant.failed)} questions failed and are excluded.")
+        show(f"{len(variant.failed)} questions failed and are excluded.")

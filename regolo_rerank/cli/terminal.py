@@ -9,7 +9,7 @@ from rich.highlighter import JSONHighlighter
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-__all__ = ["announce_input", "clean", "err", "out", "print_json", "progress_bar", "say"]
+__all__ = ["announce_input", "clean", "err", "out", "print_json", "progress_bar", "say", "show"]
 
 
 def out() -> Console:
@@ -25,6 +25,15 @@ def err() -> Console:
 def clean(text: str) -> str:
     """Return a text in one line, without characters that could control a terminal."""
     return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+
+
+def show(*renderables: Any) -> None:
+    """Print on standard output, without the spaces that fill the last column of a table."""
+    console = out()
+    with console.capture() as capture:
+        console.print(*renderables, sep="\n")
+    for line in capture.get().splitlines():
+        print(line.rstrip(), flush=True)
 
 
 def say(message: str) -> None:

@@ -87,6 +87,17 @@ def test_a_format_that_is_clearly_better_is_recommended(
     assert len(at_stub.received) == 22
 
 
+def test_a_format_that_the_server_rejects_is_evidence(at_stub: Stub, run: Run) -> None:
+    """The other formats are compared."""
+    at_stub.reply = lambda request: (
+        error("Extra inputs are not permitted", 422) if "instruction" in request.json else concatenating(request)
+    )
+    out = " ".join(run("check").out.split())
+    assert out.startswith('OK: use prompt_format="chat"')
+    assert "the server rejects the field instruction" in out
+    assert "server_template Extra inputs are not permitted" in out
+
+
 def test_a_tie_keeps_the_default(at_stub: Stub, run: Run) -> None:
     """Another format with a slightly larger gap is not a finding."""
     at_stub.reply = tagged
