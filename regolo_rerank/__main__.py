@@ -2,6 +2,6 @@
 
 import sys
 
-from regolo_rerank._cli.main import main
+from regolo_rerank.cli.main import main
 
 sys.exit(main())

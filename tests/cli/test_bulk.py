@@ -1,239 +1,304 @@
-import errno
-import fcntl
-import io
-import itertools
-import os
-import pty
-import re
+import gzip
+import json
+import random
+import signal
+import subprocess
 import sys
-import termios
+import time
 from collections.abc import Callable
-from contextlib import suppress
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from regolo_rerank import RegoloClient
-from regolo_rerank._cli import bulk
-from regolo_rerank._cli.main import main
-from tests.conftest import KEY
-from tests.support.bulk import COUNT, Files, content, failing, number_of, query, ranking, read
-from tests.support.stub import Received, Reply, Stub, error, results, score, scored
+from tests.cli.conftest import Run, read_lines, write_lines
+from tests.support.stub import Received, Reply, Stub, error, scored
+
+COUNT = 12
+
+
+class Files(NamedTuple):
+    """IN and OUT."""
+
+    source: Path
+    out: Path
+
+    def rankings(self) -> list[dict[str, Any]]:
+        """Return the lines of OUT without their digests."""
+        return [{name: each[name] for name in each if name != "digest"} for each in read_lines(self.out)]
+
+
+def query(number: int) -> dict[str, Any]:
+    """Return a line of IN. One of its documents has an id."""
+    texts = f"low score={number / 100}", f"high score={number / 100 + 0.5}"
+    return {"id": f"q{number}", "query": f"query {number}", "documents": [texts[0], {"id": "d", "text": texts[1]}]}
+
+
+def ranking(number: int) -> dict[str, Any]:
+    """Return the line of OUT that belongs to it."""
+    best = {"index": 1, "relevance_score": number / 100 + 0.5, "id": "d"}
+    return {"id": f"q{number}", "results": [best, {"index": 0, "relevance_score": number / 100}]}
+
+
+def failing(*numbers: int, status: int = 400) -> Callable[[Received], Reply]:
+    """Return what answers as the service does, except for some queries."""
+    endings = tuple(f"query {number}" for number in numbers)
+    return lambda request: error("bad query", status) if request.json["query"].endswith(endings) else scored(request)
+
+
+def sent(stub: Stub) -> list[str]:
+    """Return the queries that were sent, without the probes."""
+    texts = (request.json["query"].rpartition("<Query>: ")[2] for request in stub.received)
+    return [text for text in texts if text.startswith("query")]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """IN with some queries, and OUT, which does not exist yet."""
+    return Files(write_lines(tmp_path / "in.jsonl", *map(query, range(COUNT))), tmp_path / "out.jsonl")
+
+
+def test_each_line_becomes_a_ranking_in_order(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT alone is written, and a finished run sends no requests."""
+    done = run("bulk", *files)
+    assert (done.status, done.out) == (0, "")
+    assert files.rankings() == [ranking(number) for number in range(COUNT)]
+    assert done.err.startswith("regolo-rerank: 12 ranked, 0 failed (12 requests, ")
+    assert sorted(path.name for path in files.out.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
+    again = run("bulk", *files)
+    assert again.status == 0
+    assert "0 ranked, 0 failed, 12 finished before (0 requests" in again.err
+    assert len(sent(at_stub)) == COUNT
+
+
+def test_lines_that_are_no_query_are_errors_with_their_input(files: Files, at_stub: Stub, run: Run) -> None:
+    """Blank lines do not count, ids default to the line's number, and what is still being written waits."""
+    bad = {"id": "x", "query": " ", "documents": ["a"]}, {"query": "q", "documents": "a"}, "no json", '{"query": NaN}'
+    write_lines(files.source, "", query(0), *bad, {"query": "q", "documents": [{"title": "t", "text": "a score=0.5"}]})
+    with files.source.open("a") as file:
+        file.write('{"query": "incom')
+    done = run("bulk", *files)
+    assert done.status == 1
+    lines = files.rankings()
+    assert lines[0] == ranking(0)
+    assert [line["id"] for line in lines] == ["q0", "x", 4, 5, 6, 7]
+    assert [line.get("input") for line in lines] == [None, *bad, None]
+    assert lines[1]["error"] == {
+        "type": "InvalidInputError",
+        "message": '"query" must be a string that is not blank',
+    }
+    assert ["<Document>: t a score=0.5"] in at_stub.documents
+    assert len(at_stub.received) == 2
+    assert "Titles were scored in front of the texts" in done.err
+    assert f"line 8 of {files.source} is incomplete; the next run will rank it" in done.err
+
+
+@pytest.mark.parametrize("content", [b"id,query\n1,cats\n", b'[\n{"query": "q"}\n]\n', "x".encode("utf-16")])
+def test_a_file_without_queries_is_rejected(content: bytes, files: Files, at_stub: Stub, run: Run) -> None:
+    """CSV, a JSON array and UTF-16 are recognised before a request is sent."""
+    files.source.write_bytes(content)
+    done = run("bulk", *files)
+    assert done.status == 2
+    assert "Expected a line like" in done.err or "UTF-16" in done.err
+    assert not at_stub.received
+
+
+def test_gzip_and_standard_input_are_read(
+    files: Files, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both resume a run, because only the lines count."""
+    packed = files.source.with_name("in.gz")
+    packed.write_bytes(gzip.compress(files.source.read_bytes()))
+    assert run("bulk", packed, files.out).status == 0
+    with files.source.open(encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert run("bulk", "-", files.out).status == 0
+    assert len(sent(at_stub)) == COUNT
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_a_run_continues_behind_the_last_complete_line(cut: int, files: Files, at_stub: Stub, run: Run) -> None:
+    """An incomplete line of OUT is written again, whatever was lost."""
+    run("bulk", *files)
+    content = files.out.read_bytes()
+    kept = content[:-cut]
+    files.out.write_bytes(kept)
+    lost = COUNT - kept.count(b"\n")
+    assert run("bulk", *files).status == 0
+    assert files.out.read_bytes() == content
+    assert len(sent(at_stub)) == COUNT + lost
+
+
+def test_a_source_that_grew_is_continued(files: Files, at_stub: Stub, run: Run) -> None:
+    """Only the new lines are ranked."""
+    run("bulk", *files)
+    write_lines(files.source, *map(query, range(COUNT + 2)))
+    assert run("bulk", *files).status == 0
+    assert files.rankings() == [ranking(number) for number in range(COUNT + 2)]
+    assert len(sent(at_stub)) == COUNT + 2
 
 
 @pytest.mark.parametrize(
-    ("options", "at_once"), [([], 4), (["--max-concurrency", "1"], 1), (["--max-concurrency", "16"], 16)]
-)
-def test_each_query_has_its_ranking_in_the_order_of_the_input(
-    options: list[str], at_once: int, at_stub: Stub, files: Files
-) -> None:
-    """One line of OUT a line of IN, ids and no texts in it, in order even where replies come in another one."""
-
-    def answer(request: Received) -> Reply:
-        reply = scored(request)
-        return Reply(reply.body, reply.status, delay=0.01 * ((number_of(request) or 0) % 3 == 0))
-
-    at_stub.reply = answer
-    assert files.run(*options) == 0
-    assert read(files.out) == [ranking(number) for number in range(COUNT)]
-    assert not files.errors.exists()
-    assert at_stub.most_at_once <= at_once
-    assert at_stub.received[0].headers["authorization"] == f"Bearer {KEY}"
-
-
-def test_options_reach_the_service(at_stub: Stub, files: Files) -> None:
-    """Each option has its effect, wherever it stands."""
-    options = ["--model", "Qwen3-Reranker-8B", "--threshold", "0.6", "--instruction", "Be strict"]
-    arguments = [str(files.given), "--top-n", "1", str(files.out), "--max-concurrency", "2"]
-    at_stub.reply = lambda request: Reply(scored(request).body, delay=0.01)
-    assert main(["bulk", *options, *arguments]) == 0
-    request = at_stub.received[0].json
-    assert (request["model"], request["top_n"]) == ("Qwen3-Reranker-8B", 1)
-    assert "Be strict" in request["query"]
-    assert at_stub.most_at_once == 2
-    kept = [len(line["results"]) for line in read(files.out)]
-    assert kept == [0] * 10 + [1] * (COUNT - 10)
-
-
-def test_what_is_left_out_is_the_clients_default(at_stub: Stub, files: Files) -> None:
-    """Without options the request is, byte for byte, the one that the client sends."""
-    files.write(query(7))
-    assert files.run() == 0
-    RegoloClient().rerank("q7", [f"low score={7 / 100}", f"high score={7 / 100 + 0.5}"])
-    assert at_stub.received[0].body == at_stub.received[1].body
-
-
-def test_the_rate_is_that_of_the_run(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the bar stand the queries, the failures, and the queries a second since the run began."""
-    files.write(query(0), b"nonsense", *map(query, range(2, COUNT)))
-    seconds = itertools.count(0, 0.5)
-    monkeypatch.setattr(bulk, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    notes: list[str] = []
-    client = RegoloClient(base_url="local://")
-    with files.given.open("rb") as source, bulk.resume(client, source, "IN", files.out) as run:
-        run.rank(client, lambda _count=1, note="": notes.append(note))
-    assert notes == [f"{number} queries, {int(number > 1)} failed, 2.0/s" for number in range(1, COUNT + 1)]
-
-
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_a_filesystem_without_locks_is_written_all_the_same(
-    code: int, at_stub: Stub, files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a file cannot be locked, as on some network drives, a run goes on without."""
-
-    def flock(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert files.run() == 0
-    assert len(at_stub.received) == len(read(files.out)) == COUNT
-
-
-def test_without_a_terminal_a_line_a_minute_tells_how_far_it_is(
-    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A log has the share of IN, and what stands behind a bar, and no more than one such line a minute."""
-    seconds = itertools.count(0, 7)
-    monkeypatch.setattr(bulk, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    assert files.run("--local") == 0
-    told = capsys.readouterr().err.splitlines()
-    minutes = len(told) - 1
-    assert 3 <= minutes <= next(seconds) / 60
-    for line in told[:-1]:
-        assert re.fullmatch(r"regolo-rerank: \d+% of IN, \d+ queries, 0 failed, 0\.\d/s", line)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files.given.read_bytes())))
-    files.out.unlink()
-    assert main(["bulk", "-", str(files.out), "--local"]) == 0
-    assert capsys.readouterr().err.startswith("regolo-rerank: 5 queries, 0 failed, 0.1/s\n")
-
-
-def folder(files: Files) -> list[str]:
-    """Name a folder as OUT."""
-    return [str(files.given), str(files.given.parent)]
-
-
-def link(files: Files) -> list[str]:
-    """Name IN as OUT by another name."""
-    files.out.symlink_to(files.given)
-    return [str(files.given), str(files.out)]
-
-
-def errors_of(files: Files) -> list[str]:
-    """Name the OUT.errors of OUT as IN."""
-    files.errors.write_bytes(files.given.read_bytes())
-    return [str(files.errors), str(files.out)]
-
-
-def state_of(files: Files) -> list[str]:
-    """Name the OUT.state of OUT as IN."""
-    files.state.write_bytes(files.given.read_bytes())
-    return [str(files.state), str(files.out)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("lines", "options", "problem"),
     [
-        (lambda files: [str(files.given)], "required: OUT"),
-        (lambda files: [str(files.given), "-"], "OUT must be a file"),
-        (lambda _: ["no such", "out"], "no such: No such file or directory"),
-        (lambda files: [str(files.given.parent), str(files.out)], "Is a directory"),
-        (lambda files: [str(files.given), str(files.given.parent / "no" / "out")], "No such file or directory"),
-        (lambda files: [str(files.given), str(files.given)], "is the input too"),
-        (folder, "OUT must be a file"),
-        (link, "is the input too"),
-        (errors_of, "rankings.jsonl.errors: is the input too"),
-        (state_of, "rankings.jsonl.state: is the input too"),
-        (lambda files: [f"{files.given}.zst", str(files.out)], "zstd -dc FILE | regolo-rerank bulk - OUT"),
-        (lambda files: [f"{files.given}.gz", str(files.out)], "No such file or directory"),
-        (lambda files: [str(files.given), str(files.out), "--json"], "unknown argument --json"),
-        (lambda files: [str(files.given), str(files.out), f"--key={KEY}"], "unknown argument --key "),
-        (lambda files: [str(files.given), str(files.out), "--api-key", KEY], "REGOLO_API_KEY only"),
-        (lambda files: [str(files.given), str(files.out), "--top-n", "0"], "top_n: "),
-        (lambda files: [str(files.given), str(files.out), "--max-concurrency", "0"], "max_concurrency: "),
-        (lambda files: [str(files.given), str(files.out), "--base-url", "https://api.regolo.ai"], "no API key"),
-        (lambda files: [str(files.given), str(files.out), "--local", "--base-url", "http://x"], "not allowed with"),
+        ([query(0), query(2), query(1)], [], "line 2 has changed since it was ranked"),
+        ([query(0)], [], "has fewer lines than"),
+        ([query(0), query(1), query(2)], ["--top-n", 1], "made with another server, model or other options"),
+        ([query(0), query(1), query(2)], ["--model", "m"], "made with another server, model or other options"),
+        ([query(0), query(1), query(2)], ["--title-field", ""], "made with another server, model or other options"),
+        ([query(0), query(1), query(2)], ["--local"], "made with another server, model or other options"),
     ],
 )
-def test_wrong_use_is_status_2(
-    arguments: Callable[[Files], list[str]],
-    said: str,
-    files: Files,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("retry", [[], ["--retry-errors"]])
+def test_an_out_of_something_else_is_rejected(
+    lines: list[Any], options: list[Any], problem: str, retry: list[str], files: Files, at_stub: Stub, run: Run
 ) -> None:
-    """It is told in one line, without the key, and no file is made or changed."""
-    monkeypatch.setenv("REGOLO_BASE_URL", "local://")
-    named = arguments(files)
-    before = {path: content(path) for path in files.given.parent.iterdir()}
-    assert main(["bulk", *named]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert said in printed.err
-    assert printed.err.count("\n") == 1
-    assert KEY not in printed.err
-    assert {path: content(path) for path in files.given.parent.iterdir()} == before
+    """A changed IN and changed options are recognised, and OUT stays as it is."""
+    write_lines(files.source, *map(query, range(3)))
+    run("bulk", *files)
+    content = files.out.read_bytes()
+    write_lines(files.source, *lines)
+    done = run("bulk", *files, *options, *retry)
+    assert done.status == 2
+    assert problem in done.err
+    assert files.out.read_bytes() == content
+    assert len(at_stub.received) == 3
 
 
-def test_the_key_is_in_no_file(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the server quotes it in errors and replies, neither OUT nor OUT.errors nor the terminal shows it."""
-    at_stub.reply = failing(lambda number: number in {2, 3}, error(f"key {KEY} has a problem", 400, type=KEY))
-    assert files.run() == 1
-    assert [line["error"]["message"] for line in read(files.errors)] == ["key *** has a problem [HTTP 400]"] * 2
-    shown = b"".join(files.contents()).decode() + "".join(capsys.readouterr())
-    assert KEY not in shown
+def test_foreign_files_are_not_touched(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT must be a file that this command wrote, and not IN."""
+    files.out.write_text("precious\n")
+    assert "line 1: not written by this command" in run("bulk", *files).err
+    assert files.out.read_text() == "precious\n"
+    assert "is the input too" in run("bulk", files.source, files.source).err
+    assert "must be a file" in run("bulk", files.source, files.out.parent).err
+    assert "No such file" in run("bulk", files.source, files.out.parent / "nowhere" / "out").err
+    assert not at_stub.received
 
 
-def on_a_terminal(monkeypatch: pytest.MonkeyPatch, run: Callable[[], int]) -> str:
-    """Return what a run prints where standard error is a terminal."""
-    reader, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 120))
-    with open(terminal, "w", encoding="utf-8") as stderr:  # noqa: PTH123 - a descriptor has no path
-        monkeypatch.setattr(sys, "stderr", stderr)
-        assert run() == 0
-        stderr.flush()
-        os.set_blocking(reader, False)
-        printed = b""
-        with suppress(BlockingIOError):
-            while True:
-                printed += os.read(reader, 65_536)
-    os.close(reader)
-    return printed.decode()
+def test_failed_queries_are_retried_in_place(files: Files, at_stub: Stub, run: Run) -> None:
+    """The other lines of OUT stay, and no other file is left."""
+    at_stub.reply = failing(3, 5)
+    done = run("bulk", *files)
+    assert done.status == 1
+    assert "2 queries failed: bad query" in done.err
+    failed = files.rankings()[3]
+    assert failed["input"] == query(3)
+    assert failed["error"]["status_code"] == 400
+    assert "2 queries failed in earlier runs; add --retry-errors" in run("bulk", *files).err
+    at_stub.reply = failing(5)
+    at_stub.received.clear()
+    assert run("bulk", *files, "--retry-errors").status == 1
+    assert sorted(sent(at_stub)) == ["query 3", "query 5"]
+    assert [number for number, line in enumerate(files.rankings()) if "error" in line] == [5]
+    at_stub.reply = scored
+    assert run("bulk", *files, "--retry-errors").status == 0
+    assert files.rankings() == [ranking(number) for number in range(COUNT)]
+    assert sorted(path.name for path in files.out.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_a_terminal_shows_how_far_it_is(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar has the share of IN that is finished, the time left and the rate of queries, and goes on with the run."""
-    lines = files.given.read_bytes()
-    files.given.write_bytes(lines[: lines.index(b"\n", len(lines) // 2) + 1])
-    assert files.run("--local") == 0
-    files.given.write_bytes(lines)
-    printed = on_a_terminal(monkeypatch, lambda: files.run("--local"))
-    assert re.search(r"\r +5\d%\|", printed)
-    assert re.search(r"100%\|.*\| [\d.]+k/[\d.]+k \[00:\d\d<00:\d\d.*, 24 queries, 0 failed, [\d,.]+/s\]", printed)
-    assert f"{COUNT // 2 - 1} ranked with " in printed.splitlines()[-1]
+def test_a_retry_that_stops_keeps_its_rankings(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT gets the rankings that were paid for."""
+    at_stub.reply = failing(3, 5)
+    run("bulk", *files)
+    at_stub.reply = lambda request: scored(request) if request.json["query"].endswith("query 3") else error("down", 401)
+    done = run("bulk", *files, "--retry-errors", "--max-concurrency", 1)
+    assert done.status == 1
+    assert "stopped: down" in done.err
+    assert [number for number, line in enumerate(files.rankings()) if "error" in line] == [5]
 
 
-def test_without_tqdm_there_is_no_bar(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal is told in one line how to get one, and the run works."""
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    printed = on_a_terminal(monkeypatch, lambda: files.run("--local")).splitlines()
-    assert printed[0] == 'regolo-rerank: for a progress bar: pip install "regolo_rerank[progress]"'
-    assert len(printed) == 2
-    assert len(read(files.out)) == COUNT
-
-
-def test_tokens_and_cost_are_counted(at_stub: Stub, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last line has tokens and US dollars where the service counts them, and the requests with their retries."""
-
-    def answer(request: Received) -> Reply:
-        ranked = [(index, score(text)) for index, text in enumerate(request.documents)]
-        return Reply(results(*ranked, usage={"total_tokens": 100}), headers={"x-litellm-response-cost": "2e-05"})
-
-    at_stub.script(error("busy", 503))
-    at_stub.reply = answer
-    assert files.run() == 0
-    said = capsys.readouterr().err
-    assert re.fullmatch(
-        rf"regolo-rerank: {COUNT} ranked with {COUNT + 1} requests, 2,400 tokens, "
-        r"0\.000480 US dollars, 0 failed; \d+\.\d s\n",
-        said,
+def test_a_service_that_fails_stops_the_run(files: Files, at_stub: Stub, run: Run) -> None:
+    """A failure is recorded only if the service answers a small request, so it never becomes the fault of a query."""
+    at_stub.reply = lambda request: (
+        scored(request) if request.json["query"].endswith(("query 0", "query 1")) else error("unknown model", 400)
     )
+    done = run("bulk", *files, "--max-concurrency", 1)
+    assert done.status == 1
+    assert "stopped: unknown model" in done.err
+    assert "Repeat the same command to resume at line 3." in done.err
+    assert files.rankings() == [ranking(0), ranking(1)]
+    at_stub.reply = scored
+    assert run("bulk", *files).status == 0
+    assert files.rankings() == [ranking(number) for number in range(COUNT)]
+
+
+def test_a_full_disk_stops_the_run(files: Files, at_stub: Stub, run: Run) -> None:
+    """The incomplete line is discarded by the next run."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))"
+    code = f"{limit}; import sys; from regolo_rerank.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-B", "-c", code, "bulk", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 1
+    assert f"stopped: {files.out}: File too large. Repeat the same command" in done.stderr
+    assert run("bulk", *files).status == 0
+    assert files.rankings() == [ranking(number) for number in range(COUNT)]
+    assert at_stub.received
+
+
+def test_a_second_run_is_rejected(files: Files, at_stub: Stub, run: Run) -> None:
+    """Two processes must not write one OUT."""
+    inner: list[Any] = []
+
+    def reply(request: Received) -> Reply:
+        if not inner:
+            command = [sys.executable, "-m", "regolo_rerank", "bulk", *map(str, files)]
+            inner.append(subprocess.run(command, capture_output=True, text=True, check=False))  # noqa: S603
+        return scored(request)
+
+    at_stub.reply = reply
+    assert run("bulk", *files, "--max-concurrency", 1).status == 0
+    assert (inner[0].returncode, inner[0].stderr) == (2, f"regolo-rerank: {files.out}: another run is writing it\n")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_killed_loses_nothing_and_doubles_nothing(
+    how: signal.Signals, files: Files, at_stub: Stub, run: Run
+) -> None:
+    """A signal at any moment leaves an OUT that can be continued."""
+    at_stub.reply = lambda request: Reply(scored(request).body, delay=0.1)
+    command = [sys.executable, "-m", "regolo_rerank", "bulk", *map(str, files)]
+    chance = random.Random(0)  # noqa: S311 - a test
+    for _ in range(3):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+            before = len(at_stub.received)
+            while len(at_stub.received) < before + 2 and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.05))
+            process.send_signal(how)
+            assert process.stderr is not None
+            words = process.stderr.read()
+        if how is signal.SIGINT:
+            assert process.returncode == 130
+            assert "interrupted. Repeat the same command to resume at line" in words
+    assert run("bulk", *files).status == 0
+    assert files.rankings() == [ranking(number) for number in range(COUNT)]
+
+
+def test_a_killed_retry_leaves_out_as_it_was(files: Files, at_stub: Stub, run: Run) -> None:
+    """OUT is replaced at the end, in one step."""
+    at_stub.reply = failing(3)
+    run("bulk", *files)
+    content = files.out.read_bytes()
+    at_stub.reply = lambda request: Reply(scored(request).body, delay=60)
+    command = [sys.executable, "-m", "regolo_rerank", "bulk", *map(str, files), "--retry-errors"]
+    before = len(at_stub.received)
+    with subprocess.Popen(command) as process:  # noqa: S603
+        while len(at_stub.received) == before:
+            time.sleep(0.005)
+        process.kill()
+    assert files.out.read_bytes() == content
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    files: Files, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log gets no progress bar."""
+    assert "\r" not in run("bulk", *files).err
+    files.out.unlink()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    err = run("bulk", *files).err
+    assert "12 ranked, 0 failed" in err
+    assert "100%" in err
+    assert json.loads(files.out.read_text().splitlines()[0])["id"] == "q0"
+    assert at_stub.received

@@ -1,205 +1,121 @@
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from regolo_rerank._cli.main import main
-from regolo_rerank._cli.scores import kept_scores
-from tests.conftest import KEY
+from regolo_rerank import RegoloClient
+from tests.cli.conftest import Run, read_lines, write_lines
 from tests.support.stub import Stub, error
 
-QUERIES = [
-    {
-        "query": "capital of China",
-        "documents": ["pizza", "Rome is in Italy.", "Beijing is the capital of China."],
-        "relevant": [2],
-    },
-    {
-        "query": "how to bake bread",
-        "documents": [{"id": "b", "text": "Beijing"}, {"id": "f", "text": "Flour and water make a dough for a loaf."}],
-        "relevant": {"f": 2},
-    },
-]
+
+def judged(number: int) -> dict[str, Any]:
+    """Return a query whose second document is the relevant one."""
+    return {
+        "query": f"q{number}",
+        "documents": [f"low {number} score=0.1", f"high {number} score=0.9"],
+        "labels": [0, 1],
+    }
 
 
 @pytest.fixture
-def judged(tmp_path: Path) -> str:
-    """A file of judged queries, with a blank line."""
-    return written(tmp_path / "judged.jsonl", *map(json.dumps, QUERIES), " ")
+def file(tmp_path: Path) -> Path:
+    """A file of judged queries."""
+    return write_lines(tmp_path / "judged.jsonl", *map(judged, range(12)))
 
 
-@pytest.fixture
-def at_stub(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """The stub server, set up in the environment as a user would, with a key."""
-    monkeypatch.setenv("REGOLO_API_KEY", KEY)
-    monkeypatch.setenv("REGOLO_BASE_URL", stub.url)
-    return stub
+def test_the_report_is_printed(file: Path, at_stub: Stub, run: Run) -> None:
+    """As text in 80 columns or as JSON, with other measures on request."""
+    done = run("evaluate", file)
+    assert (done.status, done.err) == (0, "")
+    assert "nDCG@10" in done.out
+    assert "better" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert len(at_stub.received) == 12
+    measure = json.loads(run("evaluate", file, "--json", "--measure", "P@1 RR").out)["variants"][0]["measures"]
+    assert {name: (each["before"], each["after"]) for name, each in measure.items()} == {"P@1": (0, 1), "RR": (0.5, 1)}
 
 
-def written(path: Path, *lines: str) -> str:
-    """Write lines into a file and return its name."""
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    return str(path)
+def test_options_that_are_repeated_are_compared(file: Path, at_stub: Stub, run: Run) -> None:
+    """Each combination is a variant, named by its values."""
+    formats = "--prompt-format", "tagged", "--prompt-format", "plain"
+    variants = json.loads(run("evaluate", file, "--json", "--model", "m", "--model", "n", *formats).out)["variants"]
+    assert [each["name"] for each in variants] == ["m, tagged", "m, plain", "n, tagged", "n, plain"]
+    assert {request.json["model"] for request in at_stub.received} == {"m", "n"}
+    assert {request.documents[0][:1] for request in at_stub.received} == {"<", "l"}
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """Return what the command prints with --json."""
-    assert main(["evaluate", *arguments, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    loaded: dict[str, Any] = json.loads(out)
-    return loaded
-
-
-def test_it_measures_on_this_machine(judged: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without key and network it says what reranking brings, in 80 columns."""
-    assert main(["evaluate", judged, "--local"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert out.startswith("2 queries with something relevant, 5 candidates.")
-    assert "Recall@1    0.000  1.000      +1.000" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_json_has_every_number(judged: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One object says the same and more, for programs."""
-    found = as_json(capsys, judged, "--local")
-    (variant,) = found["variants"]
-    assert (found["queries"], variant["name"], variant["requests"]) == (2, "reranked", 2)
-    assert variant["measures"]["Recall@1"]["after"] == 1.0
-    assert variant["changes"][0]["place_after"] == 1
-
-
-def test_standard_input_is_read(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hyphen is standard input."""
-    given = "\n".join(map(json.dumps, QUERIES)).encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-    assert as_json(capsys, "-", "--local")["queries"] == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        (["--prompt-format", "tagged,chat"], ["tagged", "chat"]),
-        (["--prompt-format", "tagged", "--prompt-format", "chat"], ["tagged", "chat"]),
-        (["--prompt-format", "tagged"], ["reranked"]),
-        (["--instruction", "one", "--instruction", "two"], ["one", "two"]),
-        (
-            ["--model", "a", "--model", "b", "--prompt-format", "plain,tagged"],
-            ["a, plain", "a, tagged", "b, plain", "b, tagged"],
-        ),
-    ],
-)
-def test_variants_are_set_side_by_side(
-    arguments: list[str], names: list[str], judged: str, at_stub: Stub, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["--picture", "--save-run", "--per-query"])
+def test_output_files_are_checked_before_the_first_request(
+    option: str, file: Path, tmp_path: Path, at_stub: Stub, run: Run
 ) -> None:
-    """Each combination of what is given more than once is measured, and called by what differs."""
-    found = as_json(capsys, judged, *arguments)
-    assert [variant["name"] for variant in found["variants"]] == names
-    assert len({request.body for request in at_stub.received}) == 2 * len(names)
+    """Requests cost money."""
+    done = run("evaluate", file, option, tmp_path / "nowhere" / "x.png")
+    assert done.status == 2
+    assert f"{option}: the folder {tmp_path / 'nowhere'} does not exist" in done.err
+    assert f"{option}: cannot write {tmp_path}" in run("evaluate", file, option, tmp_path).err
+    assert not at_stub.received
 
 
-def test_scores_are_kept_in_a_file(
-    judged: str, tmp_path: Path, at_stub: Stub, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An evaluation that was stopped goes on where it was, and one that was done sends nothing."""
-    cache = ["--cache", str(tmp_path / "scores.db")]
-    at_stub.script(*[error("bad key", 401)])
-    assert main(["evaluate", judged, *cache, "--max-concurrency", "1"]) == 1
-    assert (
-        capsys.readouterr().err
-        == "regolo-rerank: bad key [HTTP 401]; check the API key: api_key, or the environment variable REGOLO_API_KEY\n"
+def test_a_picture_needs_a_suffix_that_can_be_drawn(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Matplotlib would notice after the last request."""
+    done = run("evaluate", file, "--picture", tmp_path / "gain.xyz")
+    assert done.status == 2
+    assert "--picture must end in one of" in done.err
+    assert not at_stub.received
+
+
+def test_files_are_written_and_named(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Each file is reported when it exists."""
+    picture, rankings, queries = tmp_path / "gain.png", tmp_path / "out.run", tmp_path / "queries.jsonl"
+    done = run("evaluate", file, "--picture", picture, "--save-run", rankings, "--per-query", queries)
+    assert done.status == 0
+    assert done.err.splitlines() == [f"regolo-rerank: wrote {path}" for path in (rankings, queries, picture)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert rankings.read_text().startswith("0 Q0 1 1 0.9")
+    assert [each["ranked"] for each in read_lines(queries)] == [["1", "0"]] * 12
+    assert at_stub.received
+
+
+def test_the_cache_is_shared_with_python(file: Path, tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """A notebook reads the scores that the shell paid for."""
+    cache = tmp_path / "scores.db"
+    run("evaluate", file, "--cache", cache)
+    sent = len(at_stub.received)
+    assert run("evaluate", file, "--cache", cache).status == 0
+    with RegoloClient(cache=str(cache)) as client:
+        assert client.rerank("q0", judged(0)["documents"]).usage.requests == 0
+    assert len(at_stub.received) == sent
+
+
+def test_bad_lines_are_named_and_failures_are_status_1(file: Path, at_stub: Stub, run: Run) -> None:
+    """The other lines are evaluated."""
+    write_lines(file, *map(judged, range(5)), "no json")
+    done = run("evaluate", file)
+    assert done.status == 1
+    assert "line 6" in done.out
+    at_stub.script(error("bad", 400))
+    write_lines(file, *map(judged, range(5)))
+    assert run("evaluate", file).status == 1
+
+
+def test_a_beir_folder_is_read(tmp_path: Path, at_stub: Stub, run: Run) -> None:
+    """Titles are scored, and that is reported."""
+    write_lines(
+        tmp_path / "corpus.jsonl", *({"_id": f"d{n}", "title": "t", "text": f"cat {n} score=0.{n}"} for n in "12")
     )
-    sent = [as_json(capsys, judged, *cache)["variants"][0]["requests"] for _ in range(2)]
-    assert sent == [2, 0]
-    assert KEY.encode() not in (tmp_path / "scores.db").read_bytes()
+    write_lines(tmp_path / "queries.jsonl", {"_id": "q", "text": "cat"})
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td2\t1\n")
+    done = run("evaluate", "--beir", tmp_path)
+    assert done.status == 0
+    assert "titles were scored" in done.err
+    assert sorted(at_stub.documents[0]) == ["<Document>: t cat 1 score=0.1", "<Document>: t cat 2 score=0.2"]
 
 
-def test_the_picture_is_written(judged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A PNG stands where it is asked for."""
-    as_json(capsys, judged, "--local", "--picture", str(tmp_path / "gain.png"))
-    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_query_that_fails_is_status_1(judged: str, at_stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
-    """What could not be measured is told, and what could be is shown."""
-    at_stub.script(error("too long", 400))
-    assert main(["evaluate", judged, "--max-concurrency", "1"]) == 1
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert "queries failed and count nowhere; queries[0]: too long" in " ".join(out.split())
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        (["{"], "line 1: not JSON"),
-        ([json.dumps(QUERIES[0]), "", '{"query": "q"}'], "line 3: has no documents"),
-        (['{"query": "q", "documents": ["a"], "relevant": [1]}'], "line 1: relevant: '1' is no index of 1 documents"),
-        ([], "none of them has a relevant document"),
-    ],
-)
-def test_a_wrong_file_is_status_2(
-    lines: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The line is named, and what is wrong with it."""
-    assert main(["evaluate", written(tmp_path / "judged.jsonl", *lines), "--local"]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["missing.jsonl"], "missing.jsonl: No such file"),
-        (["FILE", "--prompt-format", "tagged,wrong"], "prompt_format: "),
-        (["FILE", "--cache", "FILE"], "not a file of scores"),
-        (["FILE", "--top-n", "3"], "unknown argument --top-n"),
-        (["FILE", "--api-key", KEY], "REGOLO_API_KEY only"),
-    ],
-)
-def test_wrong_use_is_status_2(
-    arguments: list[str], said: str, judged: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each is told in one line, without the key."""
-    assert main(["evaluate", *(judged if each == "FILE" else each for each in arguments), "--local"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert said in err
-    assert KEY not in err
-
-
-@pytest.mark.parametrize(
-    ("missing", "arguments", "extra"),
-    [("ir_measures", [], "evaluate"), ("matplotlib", ["--picture", "gain.png"], "plot")],
-)
-def test_a_missing_package_is_named(
-    missing: str,
-    arguments: list[str],
-    extra: str,
-    judged: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The line says which extra to install."""
-    monkeypatch.chdir(tmp_path)
-    ours = ("evaluation", "_evaluation", "plot", "_evaluation.picture", "_display.picture")
-    for name in list(sys.modules):
-        if name.startswith(tuple(f"regolo_rerank.{each}" for each in ours)):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert main(["evaluate", judged, "--local", *arguments]) == 2
-    assert f'pip install "regolo_rerank[{extra}]"' in capsys.readouterr().err
-
-
-def test_a_file_of_scores_is_a_mapping(tmp_path: Path) -> None:
-    """What was kept is there when the file is opened again, and what was not is a KeyError."""
-    with kept_scores(tmp_path / "scores.db") as scores:
-        scores["pair"] = 0.25
-    with kept_scores(tmp_path / "scores.db") as scores:
-        assert (scores["pair"], scores.get("pair"), scores.get("other", 1.0)) == (0.25, 0.25, 1.0)
-        with pytest.raises(KeyError):
-            _ = scores["other"]
+def test_one_source_is_required(file: Path, run: Run) -> None:
+    """Several sources, or parts of one, are a usage error."""
+    for arguments in ([], [file, "--beir", "x"], ["--qrels", "x", "--queries", "y"]):
+        done = run("evaluate", "--local", *arguments)
+        assert done.status == 2
+        assert "(see regolo-rerank evaluate --help)" in done.err

@@ -1,0 +1,1 @@
+"""The command line `regolo-rerank`; the extra `[cli]` installs it."""
