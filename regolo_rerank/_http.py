@@ -182,7 +182,7 @@ class _Pool(Generic[C]):
     """httpx clients for one endpoint, each with at most `REQUESTS_PER_CLIENT` requests in flight."""
 
     def __init__(self, open_client: Callable[[], C]) -> None:
-        self._open_client = open_client
+        self._open_client: Callable[[], C] = open_client
         self._members: list[_Member[C]] = []
         self._lock = threading.Lock()
 

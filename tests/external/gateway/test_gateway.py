@@ -47,10 +47,10 @@ def ranked(request: pytest.FixtureRequest, call: Call) -> Ranked:
             return [(result.document, result.relevance_score) for result in response]
         if request.param == "langchain":
             documents = [Document(text) for text in TEXTS]
-            kept = call(LangChainRerank(OPEN, **options).compress_documents, documents, QUERY)
+            kept = call(LangChainRerank(api_key=OPEN, **options).compress_documents, documents, QUERY)
             return [(document.page_content, document.metadata["relevance_score"]) for document in kept]
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
-        found = call(LlamaIndexRerank(OPEN, **options).postprocess_nodes, nodes, query_str=QUERY)
+        found = call(LlamaIndexRerank(api_key=OPEN, **options).postprocess_nodes, nodes, query_str=QUERY)
         return [(node.text, node.score) for node in found]
 
     return ranked
