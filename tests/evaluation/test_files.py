@@ -53,7 +53,7 @@ def test_text_that_looks_like_json_stays_text(tmp_path: Path, content: bytes, te
 
 def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe may be compressed too."""
-    stream = io.TextIOWrapper(io.BufferedReader(io.BytesIO(gzip.compress(JSON_LINES))))
+    stream = io.TextIOWrapper(io.BufferedReader(io.BytesIO(gzip.compress(JSON_LINES, mtime=0))))
     monkeypatch.setattr(sys, "stdin", stream)
     assert list(read_documents("-")) == DOCUMENTS
 
@@ -72,7 +72,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"a\nb\xff\n", r"data\.txt, line 2: not UTF-8 \(byte 2 of the line\)"),
         ("很长".encode("utf-16"), "data.txt is UTF-16, expected UTF-8. Convert it first: iconv"),
         ("ab".encode("utf-16-be"), "data.txt is UTF-16"),
-        (gzip.compress(LINES)[:-9], "data.txt: the gzip data is damaged or incomplete"),
+        (gzip.compress(LINES, mtime=0)[:-9], "data.txt: the gzip data is damaged or incomplete"),
     ],
 )
 def test_errors_name_the_file_the_line_and_the_next_step(tmp_path: Path, content: bytes, message: str) -> None:
