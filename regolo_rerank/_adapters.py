@@ -1,4 +1,4 @@
-"""What both adapters share: their options, a client, and the fallback."""
+"""Common parts of both adapters: options, a client, and the fallback."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -30,7 +30,7 @@ class Outcome:
 
     Attributes:
         response: The ranking, or None if the input is returned instead.
-        report: What traces and events contain besides the documents.
+        report: What traces and events contain in addition to the documents.
     """
 
     response: RerankResponse[Any] | None

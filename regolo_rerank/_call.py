@@ -1,7 +1,7 @@
 """One call, without I/O: from a query and texts to batches, and from the replies to one ranking.
 
 Blank documents are not sent and rank last. Equal texts are sent once. With `long_documents="split"`, a long document
-stands for several passages and takes the best of their scores. The distinct texts go out in even batches. A score does
+is sent as several passages and gets the best of their scores. The distinct texts go out in even batches. A score does
 not depend on the other documents of its request, so the replies merge into exactly the ranking of a single request.
 """
 
@@ -53,11 +53,11 @@ class Call:
         query: The query, not blank.
         documents: The caller's N objects.
         texts: Their texts.
-        cache: The scores that are known for the query, if there is a cache.
+        cache: The cached scores of the query, if there is a cache.
 
     Attributes:
         index: The position of the pair in `rerank_many`, or None in other calls.
-        batches: The requests to send, none if every score is known.
+        batches: The requests to send. Empty if every score is cached.
         deadline: Monotonic time when `total_timeout` expires. It is None before the first request, and without a limit.
 
     Raises:
@@ -115,7 +115,7 @@ class Call:
         if budget <= 0:
             raise InvalidInputError(
                 f"query: with instruction and extra_body it is larger than max_request_bytes="
-                f"{options.max_request_bytes}; shorten it, or raise the limit"
+                f"{options.max_request_bytes}. Shorten it, or raise the limit"
             )
         longest = max(map(len, self._texts)) + len(self.settings.prompt_format.document)
         most = min(options.batch_size, len(to_send))
@@ -171,7 +171,7 @@ class Call:
         """Check a reply and keep its scores.
 
         Raises:
-            APIStatusError: The status is not 2xx. The message says which option helps, if one does.
+            APIStatusError: The status is not 2xx. The message suggests an option if one helps.
             APIResponseError: The reply is not a valid ranking of the batch.
         """
         try:
@@ -198,7 +198,7 @@ class Call:
             return f"it ranks {len(indices)} documents instead of {wanted}"
         echoes = {score.position: score.echo for score in ranking.scores if score.echo is not None}
         sent = self._document_strings([batch.texts[position] for position in echoes])
-        # An echo may differ from what was sent, for example without the tags. It must not be another document.
+        # An echo may differ from the sent text, for example without the tags. It must not be another document.
         strange = [
             (position, echo) for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text
         ]
@@ -206,15 +206,15 @@ class Call:
             position_of = {text: position for position, text in enumerate(self._document_strings(batch.texts))}
             for position, echo in strange:
                 if position_of.get(echo, position) != position:
-                    return f"document {position} comes back with the text of document {position_of[echo]}"
+                    return f"document {position} has the text of document {position_of[echo]}"
         return None
 
     def _advise(self, error: APIStatusError, batch: Batch) -> str:
         """Return what helps against a limit of the server."""
         if isinstance(error, ContextLengthError):
-            return f"; {self._describe_longest(batch)}"
+            return f". {self._describe_longest(batch)}"
         if "maximum allowed batch size" in str(error):
-            return "; set batch_size to the server's limit"
+            return ". Set batch_size to the server's limit"
         return ""
 
     def _describe_longest(self, batch: Batch) -> str:
@@ -223,12 +223,12 @@ class Call:
         position = max(batch.texts, key=lambda position: len(self._texts[position]))
         length = len(self._texts[position])
         if self.settings.prompt_format.uses_instruction and len(options.instruction) > max(length, len(self._query)):
-            return f"the longest text is the instruction with {len(options.instruction)} characters: shorten it"
+            return f"The longest text is the instruction with {len(options.instruction)} characters: shorten it"
         if len(self._query) > length:
-            return f"the longest text is the query with {len(self._query)} characters: shorten it"
+            return f"The longest text is the query with {len(self._query)} characters: shorten it"
         index = self._position_of.index(position) if position in self._position_of else self._find_split(position)
         return (
-            f"the longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
+            f"The longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
             f"max_document_chars, and long_documents='split' to score all of it"
         )
 
@@ -322,7 +322,7 @@ def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[ran
     Args:
         sizes: The bytes of each text.
         max_count: Maximum number of texts in a range.
-        max_bytes: Maximum bytes of a range. A single larger text is a range of its own.
+        max_bytes: Maximum bytes of a range. A single larger text gets its own range.
     """
     ends = [0, *accumulate(sizes)]
     full, start = [], 0

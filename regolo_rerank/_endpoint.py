@@ -48,7 +48,7 @@ def parse_base_url(base_url: str) -> Endpoint:
         raise ValueError("must start with https:// or http://, or be local://")
     host = _check_host(parts)
     if parts.username is not None or parts.fragment:
-        raise ValueError("must not contain a user, password or fragment; pass the key as api_key")
+        raise ValueError("must not contain a user, password or fragment. Pass the key as api_key")
     path = parts.path.rstrip("/").removesuffix("/rerank") + "/rerank"
     return Endpoint(
         parts._replace(path=path).geturl(),

@@ -47,8 +47,8 @@ def check_documents(documents: Iterable[T], name: str = "documents") -> list[T]:
     kind = type(documents).__name__
     if getattr(documents, "ndim", 1) != 1:
         columns = getattr(documents, "columns", None)
-        advice = 'pass one column, such as df["text"]' if columns is not None else "pass one column of it"
-        raise InvalidInputError(f"{name}: must be a list, got {kind} with {documents.ndim} dimensions; {advice}")  # type: ignore[attr-defined]
+        advice = 'Pass one column, such as df["text"]' if columns is not None else "Pass one column of it"
+        raise InvalidInputError(f"{name}: must be a list, got {kind} with {documents.ndim} dimensions. {advice}")  # type: ignore[attr-defined]
     if isinstance(documents, str | bytes | Mapping | AbstractSet) or not isinstance(documents, Iterable):
         raise InvalidInputError(f"{name}: must be a list, got {kind}")
     return list(documents)
@@ -62,7 +62,7 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
         text: A field name (key of a mapping, or attribute), or a function of one document, or None for strings.
 
     Raises:
-        InvalidInputError: A text is missing or not a string. The message names its position.
+        InvalidInputError: A text is missing or not a string. The message contains its position.
     """
     if text is None:
         texts = documents
@@ -84,15 +84,15 @@ def _get_field(index: int, document: Any, name: str) -> Any:
         return document[name] if isinstance(document, Mapping) else getattr(document, name)
     except (KeyError, AttributeError):
         fields = ", ".join(map(str, list(document)[:8])) if isinstance(document, Mapping) else ""
-        found = f"; it has {fields}" if fields else ""
+        found = f". It has {fields}" if fields else ""
         raise InvalidInputError(f"documents[{index}]: has no {name!r}, which text={name!r} asks for{found}") from None
 
 
 _ADVICE: Final = {
-    "Document": "use regolo_rerank.langchain.RegoloRerank, or text='page_content'",
-    "TextNode": "use regolo_rerank.llama_index.RegoloRerank, or text=lambda node: node.get_content()",
-    "NodeWithScore": "use regolo_rerank.llama_index.RegoloRerank, or text=lambda node: node.get_content()",
-    "dict": "name the field of its text, such as text='body'",
+    "Document": "Use regolo_rerank.langchain.RegoloRerank, or text='page_content'",
+    "TextNode": "Use regolo_rerank.llama_index.RegoloRerank, or text=lambda node: node.get_content()",
+    "NodeWithScore": "Use regolo_rerank.llama_index.RegoloRerank, or text=lambda node: node.get_content()",
+    "dict": "Name the field of its text, such as text='body'",
 }
 
 
@@ -101,6 +101,6 @@ def _describe_wrong_text(value: Any, document: Any, text: object) -> str:
     kind = type(value).__name__
     if value is None or kind == "NAType" or (isinstance(value, float) and value != value):  # noqa: PLR0124 - NaN differs from itself
         missing = "NaN" if isinstance(value, float) else "pandas.NA" if kind == "NAType" else "None"
-        return f"must be a string, got {missing}, a missing value; drop it or replace it by ''"
-    advice = f"; {_ADVICE[kind]}" if text is None and value is document and kind in _ADVICE else ""
+        return f"must be a string, got {missing}, a missing value. Drop it or replace it by ''"
+    advice = f". {_ADVICE[kind]}" if text is None and value is document and kind in _ADVICE else ""
     return f"must be a string, got {kind}{advice}"

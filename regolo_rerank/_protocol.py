@@ -31,7 +31,7 @@ class Score(NamedTuple):
     Attributes:
         position: The document's position in the request.
         value: A finite number, higher is better.
-        echo: The text that the server says it has scored, if it repeats it.
+        echo: The scored text, if the server repeats it.
     """
 
     position: int
@@ -104,7 +104,7 @@ def read_reply(reply: Reply, *, url: str, model: str) -> Ranking:
         body = from_json(reply.text)
     except ValueError:
         if reply.text.lstrip().startswith("<"):
-            raise _invalid(f"a web page answered at {url}; check base_url", reply) from None
+            raise _invalid(f"a web page answered at {url}, so check base_url", reply) from None
         # A broken connection may have cut the reply off, so another attempt can succeed.
         raise _invalid(f"not JSON: {reply.text[:80]!r}", reply, retryable=True) from None
     results = body.get("results") if isinstance(body, dict) else body  # SGLang returns the bare list
@@ -212,7 +212,7 @@ def _read_error(reply: Reply, url: str) -> APIStatusError:
         details = _find_error(json.loads(reply.text))
     message = details.message or _strip_tags(reply.text) or "the server gives no reason"
     if location := reply.headers.get("location"):
-        message = f"the server redirects to {location}; redirects are not followed, so set base_url to that address"
+        message = f"the server redirects to {location}. Redirects are not followed, so set base_url to that address"
     fields: dict[str, Any] = {
         "request_id": request_id_of(reply),
         "code": details.code,
@@ -223,9 +223,9 @@ def _read_error(reply: Reply, url: str) -> APIStatusError:
     where = f"HTTP {status}" + (f", request {fields['request_id']}" if fields["request_id"] else "")
     text = f"{message[:_CLIP]} [{where}]"
     if status == 401:
-        text += f"; check the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
+        text += f". Check the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
     elif status in {404, 405}:
-        text += f"; there is no rerank endpoint at {url}: check base_url"
+        text += f". No rerank endpoint at {url}: check base_url"
     if status in {400, 413, 422, 500} and _TOO_LONG.search(message):
         return ContextLengthError(text, status_code=status, **fields)
     return error_for_status(status, text, **fields)
@@ -283,12 +283,12 @@ _TRY_AGAIN: Final = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 
 
 def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
-    """Return the seconds that the server asks to wait, from a header or its message, or None if it does not say."""
+    """Return the seconds that the server asks to wait, from a header or its message, or None if it does not ask."""
     now = _parse_date(headers.get("date", "")) or datetime.now(UTC)
     waits = [_read_number(headers.get("retry-after-ms"), 0.001), _read_number(headers.get("retry-after"))]
     if date := _parse_date(headers.get("retry-after", "")):
         waits.append((date - now).total_seconds())
-    # A limit on parallel requests frees as soon as another call ends, whatever its window says.
+    # A limit on parallel requests frees as soon as another call ends, regardless of its window.
     if (found := _RESETS_AT.search(message)) and "max_parallel_requests" not in message:
         with suppress(ValueError):
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())

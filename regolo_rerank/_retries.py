@@ -84,7 +84,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
     call.start()
     failures = refusals = 0
     while not call.is_done:
-        # First wait for the end of a pause, which may have become longer meanwhile.
+        # First wait for the end of a pause, which may have become longer during the wait.
         if wait := pause.seconds_left():
             if not _fits(wait, call):
                 raise pause.refusal()
@@ -112,14 +112,14 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
                 pause.extend(delay, failure)
         if not _fits(delay, call):
             limit = call.settings.options.total_timeout
-            failure.args = (f"{failure}; another attempt in {delay:.1f} s would exceed total_timeout={limit:g} s",)
+            failure.args = (f"{failure}. Another attempt in {delay:.1f} s would exceed total_timeout={limit:g} s",)
             raise failure
         _log_retry(failure, failures + refusals, delay)
         yield Sleep(delay)
 
 
 def _accept(call: Call, batch: Batch, outcome: Reply | RegoloError | None) -> RegoloError | None:
-    """Give a reply to the call, and return the failure if there was no valid one."""
+    """Give a reply to the call, and return the failure if it is not valid."""
     if not isinstance(outcome, Reply):
         return outcome
     _log.debug(

@@ -1,6 +1,6 @@
 """Daemon threads that are reused for a few seconds.
 
-A `ThreadPoolExecutor` is no alternative: at exit Python waits for its threads, and so for every request that hangs.
+A `ThreadPoolExecutor` does not fit: at exit Python waits for its threads, and so for every request that hangs.
 """
 
 import os

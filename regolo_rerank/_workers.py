@@ -4,7 +4,7 @@ Both keep a queue of batches and at most `max_concurrency` workers, and each wor
 after the other. They are written side by side and differ only in how they wait.
 
 Sync calls never send in the caller's thread. The caller waits for the workers and can stop waiting when `total_timeout`
-expires or at Ctrl-C, whatever a worker is doing: looking up a host name, reading a reply byte by byte. A worker that is
+expires or at Ctrl-C, even if a worker is looking up a host name or reading a reply byte by byte. A worker that is
 left behind is a daemon thread, and ends with its request.
 """
 
@@ -38,7 +38,7 @@ class _Job:
 class _Queue:
     """The batches to send, first come, first served, and the workers that are busy with one.
 
-    A worker whose call has ended does not count as busy: it may be stuck in a request that nobody waits for.
+    A worker whose call has ended does not count as busy: it may be stuck in a request without a waiting caller.
     """
 
     def __init__(self, max_workers: int) -> None:
@@ -50,7 +50,7 @@ class _Queue:
         self._waiting.extend(_Job(call, batch) for batch in call.batches)
 
     def take(self) -> _Job | None:
-        """Return the next batch, or None if there is none or all workers are busy."""
+        """Return the next batch, or None if the queue is empty or all workers are busy."""
         if sum(not job.call.is_done for job in self._running) >= self._max_workers:
             return None
         while self._waiting:
@@ -281,7 +281,7 @@ async def run_async_in_order(
 ) -> AsyncGenerator[Call | RegoloError]:
     """Send the batches of many calls, and yield each call when it is done, in order. Errors are passed through.
 
-    A task of its own reads the iterator, so that a slow source does not hold back a finished call.
+    A separate task reads the iterator, so that a slow source does not hold back a finished call.
     """
     tasks = _Tasks(max_workers, connections, pause)
     pending: asyncio.Queue[Call | RegoloError | None] = asyncio.Queue()

@@ -76,7 +76,7 @@ class QueryCache:
     Args:
         mapping: The caller's mapping.
         lock: Held while the mapping is used: mappings such as cachetools' are not thread-safe.
-        *parts: Everything besides the document that a score depends on, as JSON. Keys contain a digest of it, no text.
+        *parts: Everything except the document that a score depends on, as JSON. Keys contain a digest of it, no text.
     """
 
     def __init__(self, mapping: MutableMapping[str, float], lock: threading.Lock, *parts: Any) -> None:

@@ -205,7 +205,7 @@ class RegoloClient:
 
         Raises:
             InvalidInputError: An argument is wrong. Nothing was sent.
-            MissingAPIKeyError: The server requires a key, and there is none.
+            MissingAPIKeyError: The server requires a key, but no key is set.
             APIConnectionError: The server could not be reached. `APITimeoutError` means that it was too slow.
             APIStatusError: The server answered with an error. The subclass tells which.
             APIResponseError: The reply is not a valid ranking.
@@ -373,7 +373,7 @@ class RegoloClient:
             A generator with one ranking per pair. Closing it stops the requests in progress.
 
         Raises:
-            InvalidInputError: An argument is wrong (at once), or a pair (in its place).
+            InvalidInputError: An argument is wrong (at once), or a pair (at its position).
             RegoloError: As in `rerank`. `error.index` is the position of the pair.
         """
         settings = resolve(self._options, is_async=False, max_concurrency=max_concurrency, **options)
@@ -538,7 +538,7 @@ def _check_event_loop() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         raise InvalidInputError(
-            "async calls need an asyncio event loop; other loops, such as trio's, do not work"
+            "async calls need an asyncio event loop. Other loops, such as trio's, do not work"
         ) from None
 
 

@@ -7,7 +7,7 @@ RegoloError
 │   └── APITimeoutError             no complete reply within `timeout` or `total_timeout`
 ├── APIStatusError                  the server answered with a status outside 2xx
 │   ├── BadRequestError             400, 413, 422
-│   │   └── ContextLengthError      longer than the model's context, whatever the status
+│   │   └── ContextLengthError      longer than the model's context, with any status
 │   ├── AuthenticationError         401
 │   ├── PermissionDeniedError       403
 │   ├── NotFoundError               404
@@ -58,7 +58,7 @@ class RegoloError(Exception):
 
 
 class InvalidInputError(RegoloError, ValueError):
-    """An argument was rejected before anything was sent. The message names it."""
+    """An argument was rejected before anything was sent. Its name is in the message."""
 
 
 class MissingAPIKeyError(RegoloError, ValueError):
@@ -115,7 +115,7 @@ class BadRequestError(APIStatusError):
 
 
 class ContextLengthError(BadRequestError):
-    """The query or a document is longer than the model's context. The message names the longest text.
+    """The query or a document is longer than the model's context. The longest text is in the message.
 
     Servers report this with different statuses (400, 413, 422, 500).
     """

@@ -88,7 +88,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             options = dict(options)
             key = options.pop("regolo_api_key")
             if options.get("api_key") is not None:
-                raise ValueError("api_key and regolo_api_key are the same option; pass one of them")
+                raise ValueError("api_key and regolo_api_key are the same option. Pass one of them")
             options["api_key"] = key
         return options
 
@@ -97,7 +97,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     ) -> list[Document]:
         """Return the `top_n` documents that are most relevant to a query, best first.
 
-        The call is a run of its own in a trace, with scores, usage and request ids.
+        The call is a separate run in a trace, with scores, usage and request ids.
 
         Args:
             documents: N documents.
@@ -281,7 +281,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return config.get("run_name") or type(self).__name__
 
     def _trace_inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
-        # A handler may modify the list that it is shown, while the call goes on with its own.
+        # A handler may modify its list during the call.
         return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
 
 
@@ -303,7 +303,7 @@ class _CallOptions(BaseModel):
         """Return the reranker with the options of one call."""
         if unknown := arguments.keys() - set(_CALL_OPTIONS):
             raise InvalidInputError(
-                f"{', '.join(sorted(unknown))}: not an option of one call; those are {', '.join(_CALL_OPTIONS)}. Set "
+                f"{', '.join(sorted(unknown))}: not an option of one call. Those are {', '.join(_CALL_OPTIONS)}. Set "
                 f"others with with_options()"
             )
         given = {name: getattr(self, name) for name in _CALL_OPTIONS} | dict(arguments)
@@ -418,19 +418,19 @@ class RerankRetriever(_CallOptions, BaseRetriever):
         k = arguments.pop("k", self.k)
         if k is not None:
             if arguments.get("top_n", self.top_n) is not None:
-                raise InvalidInputError("k: the same as top_n; pass one of them")
+                raise InvalidInputError("k: the same as top_n. Pass one of them")
             arguments["top_n"] = k
         return self._with_call_options(self.reranker, arguments)
 
 
 def _check_documents(documents: Sequence[Document]) -> list[Document]:
     if isinstance(documents, Document):
-        raise InvalidInputError("documents: must be a list, got Document; pass [document]")
+        raise InvalidInputError("documents: must be a list, got Document. Pass [document]")
     listed = check_documents(documents)
     for index, document in enumerate(listed):
         if not isinstance(document, Document):
             raise InvalidInputError(
-                f"documents[{index}]: must be a Document, got {type(document).__name__}; pass "
+                f"documents[{index}]: must be a Document, got {type(document).__name__}. Pass "
                 f"Document(page_content=...), or call rerank(documents, query), which accepts strings"
             )
     return listed

@@ -33,7 +33,7 @@ class RegoloReRankEndEvent(ReRankEndEvent):
     """LlamaIndex's `ReRankEndEvent` with usage and outcome added.
 
     Attributes:
-        response_id: The server's id of the first reply, or None if there is none.
+        response_id: The server's id of the first reply, or None without a reply.
         request_ids: The gateway's id of each request that has one, for support.
         usage: Tokens, requests and cost of all requests of the call, or None if it failed.
         fallback: Whether `on_error="return_input"` has returned the input.
@@ -129,7 +129,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         top_n = len(run.nodes) if self.top_n is None else self.top_n
         _dispatcher.event(ReRankStartEvent(query=run.query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model))
         payload: dict[str, Any] = {
-            EventPayload.NODES: list(run.nodes),  # a handler may modify it, while the call goes on with its own
+            EventPayload.NODES: list(run.nodes),  # a handler may modify its list during the call
             EventPayload.MODEL_NAME: self.model,
             EventPayload.QUERY_STR: run.query,
             EventPayload.TOP_K: top_n,
@@ -172,17 +172,17 @@ class _Run:
 
     def __init__(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> None:
         if query_bundle is None:
-            raise InvalidInputError("query: missing; pass query_str=..., or query_bundle=QueryBundle(...)")
+            raise InvalidInputError("query: missing. Pass query_str=..., or query_bundle=QueryBundle(...)")
         if not isinstance(query_bundle, QueryBundle):
             kind = type(query_bundle).__name__
-            raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}; pass a text as query_str")
+            raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}. Pass a text as query_str")
         self.query_bundle = query_bundle
         self.query = query_bundle.query_str
         self.nodes = check_documents(nodes, "nodes")
         for index, candidate in enumerate(self.nodes):
             if not isinstance(candidate, NodeWithScore):
                 raise InvalidInputError(
-                    f"nodes[{index}]: must be a NodeWithScore, got {type(candidate).__name__}; pass "
+                    f"nodes[{index}]: must be a NodeWithScore, got {type(candidate).__name__}. Pass "
                     f"NodeWithScore(node=TextNode(text=...)), or call RegoloClient.rerank with strings"
                 )
         self.kept: list[NodeWithScore] = []

@@ -1,4 +1,4 @@
-"""The offline endpoint `local://`: an httpx transport that answers in this process, and the scorer behind it.
+"""The offline endpoint `local://`: an httpx transport that answers in this process, and its scorer.
 
 The scorer compares meanings by static word vectors (WordLlama). The vectors are part of WordLlama's wheel, so nothing
 is ever downloaded. It ignores word order and is meant for first steps and for tests. A cross-encoder reads query and
@@ -43,7 +43,7 @@ class LocalTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         return _answer(request.read(), request.extensions.get("regolo_rerank.scorer", local_scores))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer in a thread, so that the event loop goes on while the scorer computes."""
+        """Answer in a thread, so that the scorer does not block the event loop."""
         body = await request.aread()
         return await asyncio.to_thread(_answer, body, request.extensions.get("regolo_rerank.scorer", local_scores))
 
@@ -105,7 +105,7 @@ def local_scores(query: str, documents: list[str]) -> list[float]:
         documents: N texts.
 
     Returns:
-        N numbers from 0 to 1; 0 if the query or the document contains no known token.
+        N numbers from 0 to 1, or 0 if the query or the document contains no known token.
 
     Raises:
         InvalidInputError: WordLlama is not installed.
@@ -161,7 +161,7 @@ def _load_model() -> _Model:
         from tokenizers import Tokenizer
     except ImportError:
         raise InvalidInputError(
-            f"base_url: local:// needs WordLlama: {install_hint('local')}; or pass a scorer"
+            f"base_url: local:// needs WordLlama: {install_hint('local')}. Or pass a scorer"
         ) from None
     return _Model(
         Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json")),

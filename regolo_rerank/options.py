@@ -67,7 +67,7 @@ def _check_key(value: object) -> SecretStr | None:
     if key.lower().startswith("bearer ") or key[:1] in {"'", '"'} or key[-1:] in {"'", '"'}:
         raise ValueError("must be the key itself, without 'Bearer ' and without quotes")
     if re.fullmatch(r"(?i)([\w.-]+/)?[\w.-]*rerank[\w.-]*", key):
-        raise ValueError("looks like a model name; pass it as model=...")
+        raise ValueError("looks like a model. Pass it as model=...")
     for position, character in enumerate(key):
         if not "!" <= character <= "~":
             raise ValueError(f"contains a space, control or non-ASCII character at position {position}")
@@ -91,7 +91,7 @@ _HEADER_VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
 def _check_headers(headers: dict[str, str]) -> dict[str, str]:
     for name, value in headers.items():
         if name.lower() in {"authorization", "proxy-authorization"}:
-            raise ValueError(f"must not contain {name}; pass the key as api_key")
+            raise ValueError(f"must not contain {name}. Pass the key as api_key")
         if name.lower() in {"content-length", "transfer-encoding", "accept-encoding", "content-type"}:
             raise ValueError(f"must not contain {name}, which the client sets itself")
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
@@ -101,7 +101,7 @@ def _check_headers(headers: dict[str, str]) -> dict[str, str]:
 
 def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     if ours := fields.keys() & API_FIELDS:
-        raise ValueError(f"must not contain {', '.join(sorted(ours))}; pass it as the argument of that name")
+        raise ValueError(f"must not contain {', '.join(sorted(ours))}. Pass it as the argument with that name")
     try:
         copied: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -143,7 +143,7 @@ class Options(BaseModel):
     Every option is checked at construction and at assignment.
 
     Raises:
-        InvalidInputError: An option is unknown or has a wrong value. The message names it and never contains a key.
+        InvalidInputError: An option is unknown or has a wrong value. The message contains its name and never a key.
     """
 
     model_config = ConfigDict(
@@ -310,9 +310,9 @@ _HINTS: Final = {
     "truncation": "did you mean max_document_chars? It counts characters, not tokens",
     "truncate": "did you mean max_document_chars? It counts characters, not tokens",
     "client": "did you mean http_client?",
-    "device": "the model runs on the server; leave it out",
-    "use_fp16": "the model runs on the server; leave it out",
-    "llm": "the server runs the model; pass its name as model",
+    "device": "leave it out. The model runs on the server",
+    "use_fp16": "leave it out. The model runs on the server",
+    "llm": "pass the model's name as model. The server runs it",
 }
 """Options of other rerankers, and what to use instead."""
 
@@ -346,22 +346,22 @@ def _show(value: object) -> str:
 
 def _describe_unknown(cls: type[BaseModel], name: str) -> str:
     if name.endswith("api_key"):
-        return "unknown option; did you mean api_key?"
+        return "unknown option, did you mean api_key?"
     close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
     hint = _HINTS.get(name) or (f"did you mean {close[0]}?" if close else "")
-    return f"unknown option; {hint}" if hint else "unknown option"
+    return f"unknown option, {hint}" if hint else "unknown option"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one call works with, resolved once at its start.
+    """Options and environment of one call, resolved once at its start.
 
     Attributes:
         options: A copy of the options, with the arguments of the call.
         endpoint: The address of the server.
         key: The API key to send, or None to send none.
         prompt_format: The format that `prompt_format` selects.
-        fields: Fields of each request besides model, query, documents and top_n.
+        fields: Fields of each request in addition to model, query, documents and top_n.
         timeout: Seconds per attempt, or None if the caller's own client or only `total_timeout` limits it.
     """
 
@@ -378,21 +378,21 @@ def resolve(options: Options, *, is_async: bool, **arguments: Any) -> Settings:
 
     Args:
         options: The options of the client.
-        is_async: Which of the caller's own HTTP clients applies.
+        is_async: Whether the caller's own async client applies, or the sync one.
         **arguments: Arguments of the call, by option. None leaves the option unchanged.
 
     Raises:
         InvalidInputError: An argument or an environment variable is wrong, or options contradict each other.
-        MissingAPIKeyError: The server requires a key, and there is none.
+        MissingAPIKeyError: The server requires a key, but no key is set.
     """
     options = options.model_copy(update={name: value for name, value in arguments.items() if value is not None})
     endpoint = _find_endpoint(options)
     if endpoint.is_local and (options.http_client or options.async_http_client):
-        raise InvalidInputError("http_client: local:// sends nothing; remove http_client, or set another base_url")
+        raise InvalidInputError("http_client: local:// sends nothing. Remove http_client, or set another base_url")
     if options.scorer and not endpoint.is_local:
-        raise InvalidInputError(f"scorer: needs base_url='local://', got {endpoint.host}; remove one of them")
+        raise InvalidInputError(f"scorer: needs base_url='local://', got {endpoint.host}. Remove one of them")
     if options.scorer and options.cache is not None:
-        raise InvalidInputError("cache: cannot tell the scores of two scorers apart; remove cache or scorer")
+        raise InvalidInputError("cache: cannot tell the scores of two scorers apart. Remove cache or scorer")
     prompt_format = _find_format(options, endpoint)
     # Regolo documents this field. Other servers may reject it. Substitutes are rejected in any case.
     fields = {"disable_fallbacks": True} if endpoint.is_regolo else {}

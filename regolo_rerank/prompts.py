@@ -77,7 +77,7 @@ class PromptFormat(BaseModel):
         return self.instruction_field is not None or "{instruction}" in self.query
 
     def format_fields(self, instruction: str) -> dict[str, str]:
-        """Return the request fields besides query and documents.
+        """Return the request fields in addition to query and documents.
 
         Args:
             instruction: The task in one sentence.
