@@ -32,7 +32,7 @@ from pydantic_core import PydanticSerializationError
 
 from regolo_rerank import _openinference
 from regolo_rerank._adapters import AdapterOptions, Outcome, report_ranking
-from regolo_rerank._inputs import check_documents, get_texts
+from regolo_rerank._inputs import check_documents
 from regolo_rerank.errors import InvalidInputError, RegoloError
 
 __all__ = ["RegoloRerank", "RerankRetriever"]
@@ -270,12 +270,10 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         values = ((key, _write_value(document.metadata.get(key))) for key in self.metadata_fields)
         return "\n".join([*(f"{key}: {value}" for key, value in values if value), document.page_content])
 
-    def _text_of_any(self, document: str | Document | dict[str, Any]) -> str:
+    def _text_of_any(self, document: str | Document | dict[str, Any]) -> Any:
         if isinstance(document, Document):
             return self._text_of(document)
-        if isinstance(document, dict):
-            return get_texts([document], "text")[0]
-        return document
+        return document.get("text") if isinstance(document, dict) else document
 
     def _run_name(self, config: RunnableConfig) -> str:
         return config.get("run_name") or type(self).__name__
@@ -306,8 +304,8 @@ class _CallOptions(BaseModel):
                 f"{', '.join(sorted(unknown))}: not an option of one call. Those are {', '.join(_CALL_OPTIONS)}. Set "
                 f"others with with_options()"
             )
-        given = {name: getattr(self, name) for name in _CALL_OPTIONS} | dict(arguments)
-        changes = {name: value for name, value in given.items() if value is not None}
+        configured = {name: getattr(self, name) for name in _CALL_OPTIONS}
+        changes = {name: value for name, value in [*configured.items(), *arguments.items()] if value is not None}
         return reranker.with_options(**changes) if changes else reranker
 
 
@@ -415,7 +413,8 @@ class RerankRetriever(_CallOptions, BaseRetriever):
         return await reranker.acompress_documents(documents, query, callbacks=run_manager.get_child())
 
     def _reranker_for(self, arguments: dict[str, Any]) -> RegoloRerank:
-        k = arguments.pop("k", self.k)
+        k = arguments.pop("k", None)
+        k = self.k if k is None else k
         if k is not None:
             if arguments.get("top_n", self.top_n) is not None:
                 raise InvalidInputError("k: the same as top_n. Pass one of them")
