@@ -1,0 +1,293 @@
+"""`on_error="return_input"`: which failures fall back, which raise, what comes back, and how long it takes."""
+
+import asyncio
+import inspect
+import json
+import logging
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+
+from regolo_rerank import (
+    APIConnectionError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ContextLengthError,
+    InvalidInputError,
+    MissingAPIKeyError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RegoloError,
+    RerankFallbackWarning,
+    ServerError,
+)
+from regolo_rerank.langchain import RegoloRerank as LangChainRerank
+from tests.adapters.helpers import DOWN, QUERY, TEXTS, Adapter, Rerank, documents, items_for
+from tests.support.faults import FaultServer, http, stalls, trickles
+from tests.support.modes import Call
+from tests.support.stub import Reply, Stub, error, results
+
+COVERED: dict[str, tuple[Reply, type[RegoloError]]] = {
+    "timeout": (Reply(delay=0.4), APITimeoutError),
+    "408": (error("the backend timed out", 408), ServerError),
+    "429": (error("too many requests", 429), RateLimitError),
+    "500": (DOWN, ServerError),
+    "invalid score": (Reply(results((0, None), (1, 0.9), (2, 0.5))), APIResponseError),
+    "not JSON": (Reply(b"<html>"), APIResponseError),
+    "substitute": (
+        Reply(results((0, 0.1), (1, 0.9), (2, 0.5)), headers={"x-litellm-attempted-fallbacks": "1"}),
+        APIResponseError,
+    ),
+    "402": (error("payment required", 402), APIStatusError),
+    "budget in a 429": (error("Budget has been exceeded!", 429, type="budget_exceeded"), RateLimitError),
+    "budget in a 400": (error("Budget has been exceeded!", 400, type="budget_exceeded"), BadRequestError),
+    "context length": (error("This model's maximum context length is 4096 tokens.", 400), ContextLengthError),
+}
+"""Failures that fall back, with the error that is raised otherwise."""
+
+NOT_COVERED: dict[str, tuple[Reply, type[RegoloError]]] = {
+    "400": (error("no such model", 400), BadRequestError),
+    "401": (error("no such key", 401), AuthenticationError),
+    "403": (error("no access", 403), PermissionDeniedError),
+    "404": (error("no such path", 404), NotFoundError),
+    "409": (error("conflict", 409), APIStatusError),
+}
+"""Failures that raise in any case, because the caller can prevent them."""
+
+
+@pytest.fixture
+def falling_back(adapter: Adapter) -> Adapter:
+    """An adapter that falls back."""
+    adapter.on_error = "return_input"
+    return adapter
+
+
+@pytest.fixture(params=["refused", *COVERED])
+def failure(request: pytest.FixtureRequest, adapter: Adapter, stub: Stub) -> Iterator[type[RegoloError]]:
+    """Each failure that falls back, as the error for it."""
+    if request.param == "refused":
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            adapter.base_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            yield APIConnectionError
+        return
+    reply, problem = COVERED[request.param]
+    adapter.timeout = 0.1 if problem is APITimeoutError else 30.0
+    stub.always(reply)
+    yield problem
+
+
+def test_a_failure_returns_the_input(rerank: Rerank, adapter: Adapter, failure: type[RegoloError]) -> None:
+    """By default each failure raises its error. With the option, the first `top_n` items come back as they were.
+
+    A threshold does not apply, because there are no scores. One warning names the reason.
+    """
+    adapter.score_threshold = 0.99
+    given = items_for(adapter, TEXTS)
+    with pytest.raises(failure) as raised:
+        rerank(adapter, given)
+    assert type(raised.value) is failure
+    adapter.on_error = "return_input"
+    with pytest.warns(RerankFallbackWarning) as caught:
+        assert rerank(adapter, given) == items_for(adapter, TEXTS)[:2]
+    (message,) = [str(warning.message) for warning in caught]
+    assert "the first 2 of 3 documents are returned in their own order" in message
+    assert f"{failure.__name__}: " in message
+
+
+@pytest.mark.parametrize("failure", NOT_COVERED)
+def test_a_request_that_the_caller_can_correct_raises(
+    rerank: Rerank, falling_back: Adapter, stub: Stub, failure: str
+) -> None:
+    """A wrong key, model or address is never hidden by a fallback."""
+    reply, problem = NOT_COVERED[failure]
+    stub.always(reply)
+    with pytest.raises(problem) as raised:
+        rerank(falling_back)
+    assert type(raised.value) is problem
+
+
+def test_a_missing_key_raises(rerank: Rerank, falling_back: Adapter) -> None:
+    """Without a key, no request is sent."""
+    falling_back.base_url, falling_back.api_key = None, None
+    with pytest.raises(MissingAPIKeyError, match="REGOLO_API_KEY"):
+        rerank(falling_back)
+
+
+def test_a_query_that_is_not_a_string_raises(call: Call, langchain: LangChainRerank) -> None:
+    """It is a mistake in the caller's code, unlike a blank query."""
+    langchain.on_error = "return_input"
+    wrong: Any = 7
+    with pytest.raises(InvalidInputError, match="query: must be a string, got int"):
+        call(langchain.compress_documents, documents(), wrong)
+
+
+def test_a_blank_query_falls_back(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
+    """Agents call tools with empty queries, and their run should not end because of it."""
+    given = items_for(adapter, TEXTS)
+    with pytest.raises(InvalidInputError, match="query: must not be blank"):
+        rerank(adapter, given, " ")
+    adapter.on_error = "return_input"
+    with pytest.warns(RerankFallbackWarning, match="query: must not be blank"):
+        assert rerank(adapter, given, " ") == given[:2]
+    assert stub.received == []
+
+
+def test_a_fallback_returns_all_if_all_are_kept(rerank: Rerank, falling_back: Adapter, stub: Stub) -> None:
+    """`top_n=None` keeps all documents, in a fallback too."""
+    falling_back.top_n = None
+    stub.always(DOWN)
+    with pytest.warns(RerankFallbackWarning, match="the first 3 of 3"):
+        assert len(rerank(falling_back)) == 3
+
+
+@pytest.mark.parametrize("key", ["relevance_score", "second", None])
+def test_a_fallback_removes_an_earlier_score(
+    rerank: Rerank, falling_back: Adapter, stub: Stub, key: str | None
+) -> None:
+    """Only the score under the adapter's own key would be taken for its result; the input keeps it."""
+    falling_back.score_metadata_key = key
+    stub.always(DOWN)
+    metadata: dict[str, Any] = {"relevance_score": 0.8, "source": "x"}
+    given: Any = Document("a", id="1", metadata=dict(metadata))
+    if not isinstance(falling_back, LangChainRerank):
+        given = NodeWithScore(node=TextNode(text="a", id_="1", metadata=dict(metadata)), score=0.8)
+    with pytest.warns(RerankFallbackWarning):
+        (kept,) = rerank(falling_back, [given])
+    kept, given = (getattr(item, "node", item) for item in (kept, given))
+    assert kept.metadata == ({"source": "x"} if key == "relevance_score" else metadata)
+    assert (type(kept), given.metadata) == (type(given), metadata)
+
+
+@pytest.mark.anyio
+async def test_the_warning_points_at_the_callers_line(falling_back: Adapter, stub: Stub) -> None:
+    """A reader, and a warnings filter by module, see whose call fell back."""
+    stub.always(DOWN)
+    given = items_for(falling_back, TEXTS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first_line = inspect.currentframe().f_lineno  # type: ignore[union-attr]
+        if isinstance(falling_back, LangChainRerank):
+            falling_back.compress_documents(given, QUERY)
+            falling_back.as_runnable().invoke({"query": QUERY, "documents": given})
+            await falling_back.acompress_documents(given, QUERY)
+            lines = [2, 3, 4]
+        else:
+            falling_back.postprocess_nodes(given, query_str=QUERY)
+            await falling_back.apostprocess_nodes(given, query_str=QUERY)
+            lines = [7, 8]
+    assert [(warning.filename, warning.lineno - first_line) for warning in caught] == [
+        (__file__, line) for line in lines
+    ]
+
+
+def test_a_fallback_warns_and_does_not_log_as_well(
+    rerank: Rerank, falling_back: Adapter, stub: Stub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same words twice on one stream would look like two failures."""
+    stub.always(DOWN)
+    with caplog.at_level(logging.INFO), pytest.warns(RerankFallbackWarning):
+        rerank(falling_back)
+    assert "returned in their own order" not in caplog.text
+
+
+# --- total_timeout ----------------------------------------------------------------------------------------------------
+
+HEAD = http(b"", content_length="100000").partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+SLOW: dict[str, Any] = {
+    "hangs": stalls(b"", 60),
+    "hangs in the body": stalls(HEAD + b"{", 60),
+    "a byte per second": trickles(HEAD, b" " * 60, 1.0),
+    "429 for 30 s": lambda connection, _: connection.sendall(http(b"{}", 429, retry_after="30")),
+}
+"""Servers that keep a call without a limit waiting for at least 30 s."""
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_total_timeout_bounds_the_fallback(rerank: Rerank, falling_back: Adapter, fault: str) -> None:
+    """The answer comes after `total_timeout`, whatever the server does, and however many retries are left."""
+    falling_back.total_timeout, falling_back.max_retries = 0.3, 3
+    with FaultServer(usual=SLOW[fault]) as server:
+        falling_back.base_url = server.url
+        started = time.monotonic()
+        with pytest.warns(RerankFallbackWarning, match="returned in their own order"):
+            assert len(rerank(falling_back)) == 2
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("fault", ["hangs", "429 for 30 s"])
+def test_total_timeout_bounds_concurrent_fallbacks(call: Call, falling_back: Adapter, fault: str) -> None:
+    """16 calls at once all have their answers in time, in threads and in an event loop."""
+    falling_back.total_timeout, falling_back.max_retries = 0.3, 3
+    given = items_for(falling_back, TEXTS)
+    method: Callable[..., Any]
+    if isinstance(falling_back, LangChainRerank):
+        method, arguments = falling_back.compress_documents, {"query": QUERY}
+    else:
+        method, arguments = falling_back.postprocess_nodes, {"query_str": QUERY}
+    kept: list[int] = []
+
+    def one() -> None:
+        kept.append(len(method(given, **arguments)))
+
+    async def all_at_once() -> None:
+        amethod = getattr(falling_back, f"a{method.__name__}")
+        kept.extend(map(len, await asyncio.gather(*(amethod(given, **arguments) for _ in range(16)))))
+
+    with FaultServer(usual=SLOW[fault]) as server, pytest.warns(RerankFallbackWarning):
+        falling_back.base_url = server.url
+        started = time.monotonic()
+        if call.mode == "async":
+            asyncio.run(all_at_once())
+        else:
+            threads = [threading.Thread(target=one) for _ in range(16)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert kept == [2] * 16
+    assert time.monotonic() - started < 15
+
+
+def test_total_timeout_of_one_call(call: Call, langchain: LangChainRerank) -> None:
+    """A step's `total_timeout` bounds its fallback, with a reranker that has no limit."""
+    langchain.on_error, langchain.total_timeout = "return_input", None
+    with FaultServer(usual=SLOW["hangs"]) as server:
+        langchain.base_url = server.url
+        with pytest.warns(RerankFallbackWarning, match="APITimeoutError"):
+            step: Any = langchain.as_runnable()
+            kept = call(step.invoke, {"query": QUERY, "documents": documents()}, total_timeout=0.2)
+    assert len(kept) == 2
+
+
+def test_a_timeout_applies_to_the_callers_http_client(adapter: Adapter) -> None:
+    """`total_timeout` also bounds a call on the caller's own client, whose timeouts are longer."""
+    with FaultServer(usual=SLOW["a byte per second"]) as server, httpx.Client(timeout=60) as http_client:
+        adapter.base_url, adapter.http_client, adapter.total_timeout = server.url, http_client, 0.3
+        started = time.monotonic()
+        with pytest.raises(APITimeoutError):
+            if isinstance(adapter, LangChainRerank):
+                adapter.compress_documents(documents(), QUERY)
+            else:
+                adapter.postprocess_nodes(items_for(adapter, TEXTS), query_str=QUERY)
+    assert time.monotonic() - started < 10
+
+
+def test_a_fallback_does_not_end_the_reranker(rerank: Rerank, falling_back: Adapter, stub: Stub) -> None:
+    """The next call ranks again."""
+    stub.script(Reply(json.dumps({"error": {"message": "down"}}).encode(), 503))
+    with pytest.warns(RerankFallbackWarning):
+        rerank(falling_back)
+    assert rerank(falling_back)[0] != items_for(falling_back, TEXTS)[0]
