@@ -297,6 +297,11 @@ class _CallOptions(BaseModel):
     extra_body: Annotated[dict[str, Any] | None, SkipValidation] = None
     api_key: SecretStr | None = None
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickle everything but the key."""
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
+
     def _with_call_options(self, reranker: RegoloRerank, arguments: Mapping[str, Any]) -> RegoloRerank:
         """Return the reranker with the options of one call."""
         if unknown := arguments.keys() - set(_CALL_OPTIONS):

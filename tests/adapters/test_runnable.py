@@ -1,0 +1,350 @@
+"""The reranker as a step of LCEL chains and LangGraph graphs, with options of one call."""
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, TypedDict, cast
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.load import dumps
+from langchain_core.runnables import (
+    ConfigurableField,
+    Runnable,
+    RunnableConfig,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+)
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langgraph.graph import START, StateGraph
+from pydantic import SecretStr, ValidationError
+
+from regolo_rerank import AuthenticationError, InvalidInputError, RateLimitError, RerankFallbackWarning, ServerError
+from regolo_rerank.langchain import RegoloRerank
+from tests.adapters.helpers import BEST, DOWN, QUERY, Everything, documents, runs_in, texts_of, tree
+from tests.conftest import KEY
+from tests.support.modes import Call
+from tests.support.stub import Received, Reply, Stub, error, scored
+
+Step = Runnable[Any, Any]
+
+
+class State(TypedDict, total=False):
+    """The state of a graph."""
+
+    query: str
+    documents: list[Document]
+
+
+class TopOne(RegoloRerank):
+    """A subclass that returns the best document only, renamed."""
+
+    def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[Document]:
+        return [Document("sync " + kept.page_content) for kept in super().compress_documents(documents, query)[:1]]
+
+    async def acompress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[Document]:
+        kept = await super().acompress_documents(documents, query, callbacks)
+        return [Document("async " + document.page_content) for document in kept[:1]]
+
+
+def candidates(query: str = QUERY) -> dict[str, Any]:
+    """Return the input of a step."""
+    return {"query": query, "documents": documents()}
+
+
+async def collected(chunks: Any) -> list[Any]:
+    """Return all items of an async iterator."""
+    return [chunk async for chunk in chunks]
+
+
+@pytest.fixture
+def step(langchain: RegoloRerank) -> Any:
+    """The reranker as a step."""
+    return langchain.as_runnable()
+
+
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "dict": lambda step: {"query": RunnablePassthrough(), "documents": Everything()} | step,
+    "assign": lambda step: (
+        RunnableParallel(query=RunnablePassthrough())
+        | RunnablePassthrough.assign(documents=itemgetter("query") | Everything())
+        | step
+    ),
+    "pick": lambda step: (
+        RunnableParallel(query=RunnablePassthrough(), documents=Everything())
+        | RunnablePassthrough.assign(documents=step).pick("documents")
+    ),
+}
+"""Chains from a query to the documents that are kept."""
+
+CALLS: dict[str, Callable[[Any], list[Any]]] = {
+    "invoke": lambda chain: [chain.invoke(QUERY)],
+    "ainvoke": lambda chain: [asyncio.run(chain.ainvoke(QUERY))],
+    "batch": lambda chain: chain.batch([QUERY]),
+    "abatch": lambda chain: asyncio.run(chain.abatch([QUERY])),
+    "stream": lambda chain: list(chain.stream(QUERY)),
+    "astream": lambda chain: asyncio.run(collected(chain.astream(QUERY))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_a_chain_reranks_what_its_retriever_found(
+    form: Callable[[Any], Any], call: Callable[[Any], list[Any]], step: Any, stub: Stub
+) -> None:
+    """Each form of a chain, called in each way, returns the best documents in one piece, for one request."""
+    (kept,) = call(form(step))
+    assert texts_of(kept) == BEST
+    assert [request.json["query"] for request in stub.received] == [QUERY]
+
+
+def test_a_step_has_the_name_tags_and_id_of_its_configuration(call: Call, step: Any) -> None:
+    """They are those of the rerank's run, which is the only run of a step."""
+    trace = RunCollectorCallbackHandler()
+    tagged = step.with_config(run_name="second stage", tags=["rag"], metadata={"tenant": "x"}, callbacks=[trace])
+    call(tagged.invoke, candidates(), {"tags": ["now"]})
+    (run,) = trace.traced_runs
+    assert (tree(run), sorted(run.tags or []), run.extra["metadata"]["tenant"]) == ("second stage", ["now", "rag"], "x")
+
+
+def test_with_retry_and_with_fallbacks_work(call: Call, step: Any, stub: Stub) -> None:
+    """LangChain's own retries and fallbacks go by the errors that a step raises."""
+    patient = step.with_retry(
+        retry_if_exception_type=(RateLimitError,), wait_exponential_jitter=False, stop_after_attempt=2
+    )
+    stub.script(error("too many requests", 429))
+    assert texts_of(call(patient.invoke, candidates())) == BEST
+    stub.script(DOWN)
+    with pytest.raises(ServerError):
+        call(patient.invoke, candidates())
+    assert len(stub.received) == 3
+    safe = step.with_fallbacks([RunnableLambda(lambda given: given["documents"][:1])])
+    stub.script(DOWN)
+    assert call(safe.invoke, candidates()) == documents()[:1]
+
+
+def test_a_batch_keeps_its_order_and_its_errors(call: Call, step: Any, stub: Stub) -> None:
+    """With `return_exceptions`, an error takes the place of its input; every input is a run of its own."""
+
+    def reply(request: Received) -> Reply:
+        return error("no such key", 401) if request.json["query"] == "query 3" else scored(request)
+
+    stub.reply = reply
+    trace = RunCollectorCallbackHandler()
+    given = [candidates(f"query {number}") for number in range(8)]
+    outcomes = call(step.batch, given, {"callbacks": [trace]}, return_exceptions=True)
+    assert isinstance(outcomes.pop(3), AuthenticationError)
+    assert [texts_of(kept) for kept in outcomes] == [BEST] * 7
+    queries = sorted(run.inputs["query"] for run in runs_in(trace.traced_runs))
+    assert queries == [f"query {number}" for number in range(8)]
+
+
+def test_a_step_describes_its_input(langchain: RegoloRerank) -> None:
+    """Its schema accepts what it accepts, and a graph shows it by the name of its class."""
+    step: Any = TopOne(base_url="local://").as_runnable(query_key="question", documents_key="context")
+    schema = step.get_input_schema()
+    assert schema.model_json_schema()["required"] == ["question", "context"]
+    schema.model_validate({"question": QUERY, "context": documents()})
+    with pytest.raises(ValidationError):
+        schema.model_validate({"question": QUERY, "context": ["a"]})
+    assert (step.get_name(), schema.__name__) == ("TopOne", "TopOneInput")
+    chain = FORMS["dict"](langchain.as_runnable())
+    assert "RegoloRerank" in {node.name for node in chain.get_graph().nodes.values()}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"question": QUERY, "documents": []}, r"got the keys 'question', 'documents'\. .*as_runnable\(query_key=..., "),
+        (QUERY, "got str"),
+        ({"query": QUERY, "documents": ["a"]}, r"documents\[0\]: must be a Document, got str"),
+    ],
+)
+def test_a_step_rejects_other_input(call: Call, step: Any, stub: Stub, given: Any, problem: str) -> None:
+    """The error names the keys that it found, and never their values."""
+    with pytest.raises(InvalidInputError, match=problem) as rejected:
+        call(step.invoke, given)
+    assert QUERY not in str(rejected.value)
+    assert stub.received == []
+
+
+def test_a_step_accepts_other_keys(call: Call, langchain: RegoloRerank) -> None:
+    """A chain's question and context need no renaming."""
+    step: Any = langchain.as_runnable(query_key="question", documents_key="context")
+    assert texts_of(call(step.invoke, {"question": QUERY, "context": documents(), "more": 1})) == BEST
+
+
+def test_a_subclass_counts(call: Call, stub: Stub) -> None:
+    """A step calls the public method, so a subclass's own `compress_documents` is not passed over."""
+    step: Any = TopOne(KEY, base_url=stub.url).as_runnable()
+    assert texts_of(call(step.invoke, candidates())) == [f"{call.mode} b score=0.9"]
+    assert texts_of(call(step.invoke, candidates(), model="other")) == [f"{call.mode} b score=0.9"]
+
+
+# --- options of one call ----------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, Any] = {
+    "top_n": 1,
+    "model": "other",
+    "instruction": "Find it",
+    "score_threshold": 0.6,
+    "total_timeout": 7.0,
+    "extra_body": {"user": "me"},
+    "api_key": SecretStr("sk-one-call"),
+}
+"""The options of one call."""
+
+WAYS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "bind": lambda step, arguments: step.bind(**arguments),
+    "configurable": lambda step, arguments: step.configurable_fields(
+        **{name: ConfigurableField(id=f"my_{name}") for name in arguments}
+    ).with_config(configurable={f"my_{name}": value for name, value in arguments.items()}),
+}
+"""Ways to set them besides `invoke`."""
+
+
+@pytest.mark.parametrize("way", ["invoke", *WAYS])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_step_accepts_the_options_of_one_call(
+    call: Call, langchain: RegoloRerank, stub: Stub, way: str, name: str
+) -> None:
+    """Each does for a call what the option does, in the trace too, and the reranker keeps its own."""
+    langchain.prompt_format = "tagged"
+    before, arguments, trace = langchain.model_dump(), {name: ARGUMENTS[name]}, RunCollectorCallbackHandler()
+    step: Any = langchain.as_runnable()
+    config: RunnableConfig = {"callbacks": [trace]}
+    if way == "invoke":
+        kept = call(step.invoke, candidates(), config, **arguments)
+    else:
+        kept = call(WAYS[way](step, arguments).invoke, candidates(), config)
+    expected = call(langchain.with_options(**arguments).compress_documents, documents(), QUERY)
+    assert kept == expected
+    assert len(kept) == (1 if name in {"top_n", "score_threshold"} else 2)
+    ours, same = stub.received
+    assert (ours.body, ours.headers["authorization"]) == (same.body, same.headers["authorization"])
+    assert ours.headers["authorization"] == ("Bearer sk-one-call" if name == "api_key" else f"Bearer {KEY}")
+    (run,) = runs_in(trace.traced_runs)
+    assert run.inputs["model"] == arguments.get("model", langchain.model)
+    assert run.inputs["top_n"] == arguments.get("top_n", 2)
+    assert langchain.model_dump() == before
+
+
+def test_an_argument_replaces_a_configured_option(call: Call, step: Any) -> None:
+    """The argument of `invoke` counts first, then the configured field, then the reranker's option; None is no value."""
+    configured = step.configurable_fields(top_n=ConfigurableField(id="n"))
+    for arguments, count in (({"top_n": 3}, 3), ({"top_n": None}, 1)):
+        assert len(call(configured.invoke, candidates(), {"configurable": {"n": 1}}, **arguments)) == count
+    assert len(call(configured.invoke, candidates())) == 2
+
+
+def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
+    """The first `top_n` of the call come back."""
+    langchain.on_error = "return_input"
+    stub.always(DOWN)
+    with pytest.warns(RerankFallbackWarning):
+        assert call(cast("Any", langchain.as_runnable()).invoke, candidates(), top_n=1) == documents()[:1]
+
+
+@pytest.mark.parametrize("way", ["invoke", "bind"])
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"batch_size": 5}, r"batch_size: not an option of one call; those are top_n, .*api_key.* with with_options\(\)"),
+        ({"top_n": 0}, "top_n: "),
+        ({"top_n": "many"}, "top_n: .*got 'many'"),
+        ({"api_key": "Bearer x"}, "api_key: must be the key itself"),
+    ],
+)
+def test_a_step_rejects_other_arguments(
+    call: Call, step: Any, stub: Stub, way: str, arguments: dict[str, Any], problem: str
+) -> None:
+    """An option without effect would be worse than an error; the error lists those that work."""
+    with pytest.raises(InvalidInputError, match=problem):
+        if way == "invoke":
+            call(step.invoke, candidates(), **arguments)
+        else:
+            call(step.bind(**arguments).invoke, candidates())
+    assert stub.received == []
+
+
+def test_a_wrong_configured_option_is_rejected(call: Call, step: Any) -> None:
+    """The check is the same as for arguments, and the error one of ours."""
+    with pytest.raises(InvalidInputError, match="top_n: "):
+        call(WAYS["configurable"](step, {"top_n": 0}).invoke, candidates())
+
+
+def test_a_step_can_be_pickled(call: Call, step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to another process with its options, and finds its key in the environment there."""
+    monkeypatch.setenv("REGOLO_API_KEY", KEY)
+    assert texts_of(call(pickle.loads(pickle.dumps(step)).invoke, candidates())) == BEST  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("form", [dumps, repr, pickle.dumps, lambda step: step.get_graph().draw_mermaid()])
+def test_no_form_of_a_step_shows_the_key(form: Callable[[Any], Any], step: Any) -> None:
+    """A step, alone and in a chain, can be dumped, printed, pickled and drawn without the key.
+
+    Only a pickle of `bind` has it, because LangChain pickles the arguments themselves.
+    """
+    of_one_call = step.model_copy(update={"api_key": SecretStr(KEY)})
+    wrapped = [step, RunnablePassthrough() | step, step.with_retry(), of_one_call]
+    if form is not pickle.dumps:
+        wrapped.append(step.bind(api_key=SecretStr(KEY)))
+    for shown in wrapped:
+        assert "RegoloRerank" in str(form(shown))
+        assert KEY not in str(form(shown))
+
+
+# --- chains around it -------------------------------------------------------------------------------------------------
+
+
+def test_stream_events_show_the_rerank(step: Any) -> None:
+    """`astream_events` has its start and its end by name, with input, documents and usage."""
+    chain = FORMS["dict"](step)
+    seen = [
+        event
+        for event in asyncio.run(collected(chain.astream_events(QUERY, version="v2")))
+        if event["name"] == "RegoloRerank"
+    ]
+    assert [event["event"] for event in seen] == ["on_chain_start", "on_chain_end"]
+    assert seen[0]["data"]["input"]["query"] == QUERY
+    assert texts_of(seen[1]["data"]["output"]["documents"]) == BEST
+    assert seen[1]["data"]["output"]["usage"]["requests"] == 1
+
+
+def test_a_rerank_in_a_function_nests_below_it(call: Call, langchain: RegoloRerank, step: Any) -> None:
+    """A configuration that is passed on, and one that is not, both lead to a run below the function's."""
+
+    def around(query: str, config: RunnableConfig) -> list[Document]:
+        kept: list[Document] = step.invoke(candidates(query), config)
+        assert kept == langchain.compress_documents(documents(), query)
+        return kept
+
+    async def aaround(query: str, config: RunnableConfig) -> list[Document]:
+        kept: list[Document] = await step.ainvoke(candidates(query), config)
+        assert kept == await langchain.acompress_documents(documents(), query)
+        return kept
+
+    trace = RunCollectorCallbackHandler()
+    function: Step = RunnableLambda(around, aaround)
+    call(function.invoke, QUERY, {"callbacks": [trace]})
+    assert [tree(root) for root in trace.traced_runs] == [{"around": ["RegoloRerank", "RegoloRerank"]}]
+
+
+def test_a_graph_reranks_in_a_node(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
+    """A node that reranks puts the best documents into the state, with its run below the graph's."""
+    graph = StateGraph(State)
+    graph.add_node("retrieve", lambda state: {"documents": Everything().invoke(state["query"])})
+    graph.add_node("rerank", RunnableParallel(documents=langchain.as_runnable()))
+    graph.add_edge(START, "retrieve")
+    graph.add_edge("retrieve", "rerank")
+    trace, compiled = RunCollectorCallbackHandler(), cast("Step", graph.compile())
+    state = call(compiled.invoke, {"query": QUERY}, {"callbacks": [trace]})
+    assert texts_of(state["documents"]) == BEST
+    (root,) = trace.traced_runs
+    above = {"RunnableParallel<documents>": ["RegoloRerank"]}
+    assert tree(root) == {"LangGraph": [{"retrieve": ["Everything"]}, {"rerank": [above]}]}
+    stub.always(error("no such key", 401))
+    with pytest.raises(AuthenticationError):
+        call(compiled.invoke, {"query": QUERY})
