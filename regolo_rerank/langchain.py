@@ -225,6 +225,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         At `invoke`, by `bind` and as configurable fields it accepts the options of one call: `top_n`, `model`,
         `instruction`, `score_threshold`, `total_timeout`, `extra_body` and `api_key`.
 
+        Pass a key as a `SecretStr`. LangChain shows bound strings in a repr, and LangSmith receives configurable strings
+        as metadata, unless the field's id is `api_key`.
+
         Args:
             query_key: The key of the query in the input.
             documents_key: The key of the documents in the input.
@@ -377,7 +380,7 @@ class RerankRetriever(_CallOptions, BaseRetriever):
 
     Retrieval and reranking are child runs in a trace. `invoke` and `ainvoke` accept `k` and the options of one call:
     `top_n`, `model`, `instruction`, `score_threshold`, `total_timeout`, `extra_body` and `api_key`. So do `bind` and
-    `configurable_fields`.
+    `configurable_fields`. Pass a key as a `SecretStr`, for the reasons given at `RegoloRerank.as_runnable`.
 
     Args:
         base_retriever: A retriever, or any runnable from a query to documents. It should return more documents than
