@@ -225,8 +225,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         At `invoke`, by `bind` and as configurable fields it accepts the options of one call: `top_n`, `model`,
         `instruction`, `score_threshold`, `total_timeout`, `extra_body` and `api_key`.
 
-        Pass a key as a `SecretStr`. LangChain shows bound strings in a repr, and LangSmith receives configurable strings
-        as metadata, unless the field's id is `api_key`.
+        Pass a key as a `SecretStr`. LangChain shows bound strings in a repr, and LangSmith receives configurable
+        strings as metadata, unless the field's id is `api_key`.
 
         Args:
             query_key: The key of the query in the input.

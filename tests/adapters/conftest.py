@@ -26,13 +26,13 @@ from tests.support.stub import Stub
 @pytest.fixture
 def langchain(stub: Stub) -> LangChainRerank:
     """A reranker that sends texts as they are, keeps two documents and does not retry."""
-    return LangChainRerank(KEY, base_url=stub.url, prompt_format="plain", max_retries=0, top_n=2)
+    return LangChainRerank(api_key=KEY, base_url=stub.url, prompt_format="plain", max_retries=0, top_n=2)
 
 
 @pytest.fixture
 def llama_index(stub: Stub) -> LlamaIndexRerank:
     """The same for LlamaIndex."""
-    return LlamaIndexRerank(KEY, base_url=stub.url, prompt_format="plain", max_retries=0, top_n=2)
+    return LlamaIndexRerank(api_key=KEY, base_url=stub.url, prompt_format="plain", max_retries=0, top_n=2)
 
 
 @pytest.fixture(params=["langchain", "llama_index"])

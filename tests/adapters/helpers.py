@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
@@ -23,25 +23,15 @@ from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from tests.support.stub import Received, Reply, scored
 
 Adapter = LangChainRerank | LlamaIndexRerank
+Rerank = Callable[..., list[Any]]
+"""Reranks the texts, or other documents or nodes: `rerank(adapter, items=None, query=QUERY, handler=None)`."""
+Way = Callable[..., list[Document]]
+"""Reranks the texts in one of LangChain's ways: `way(reranker, handler=None)`."""
 QUERY = "capital of China"
 TEXTS = ["a score=0.1", "b score=0.9", "c score=0.5"]
 BEST = ["b score=0.9", "c score=0.5"]
 """The two best texts, in order."""
 DOWN = Reply({"error": {"message": "down"}}, 500, {"x-litellm-call-id": "call-9"})
-
-
-class Rerank(Protocol):
-    """Reranks the texts, or other documents or nodes, with an adapter; a handler is for LangChain's."""
-
-    def __call__(
-        self, adapter: Adapter, items: Any = None, query: str = QUERY, *, handler: Any = None
-    ) -> list[Any]: ...
-
-
-class Way(Protocol):
-    """Reranks the texts in one of LangChain's ways, with a callback handler or without one."""
-
-    def __call__(self, reranker: LangChainRerank, handler: Any = None) -> list[Document]: ...
 
 
 class Everything(BaseRetriever):

@@ -110,9 +110,7 @@ def test_the_metadata_key_can_have_another_name(rerank: Rerank, adapter: Adapter
     assert [metadata_of(item)["relevance_score"] for item in kept] == [0.9, 0.5]
 
 
-def test_a_split_document_is_returned_whole_with_its_best_passage(
-    rerank: Rerank, adapter: Adapter, stub: Stub
-) -> None:
+def test_a_split_document_is_returned_whole_with_its_best_passage(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
     """The metadata of a long document names the passage that its score is from; a short one has no such key."""
     adapter.max_document_chars, adapter.long_documents = 32, "split"
     long = "Nothing here, score=0.1 only. The answer, score=0.8 that is. The end, score=0.2 it is."

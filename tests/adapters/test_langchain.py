@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever, MultiQueryRetriever
-from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.documents import Document
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
-from langchain_text_splitters import CharacterTextSplitter
 from pydantic import ConfigDict
 
 from regolo_rerank import InvalidInputError, RerankFallbackWarning, ServerError
@@ -102,15 +100,6 @@ def test_a_multi_query_retriever_finds_equal_documents_over_a_reranker(langchain
     base = ContextualCompressionRetriever(base_compressor=langchain, base_retriever=Everything())
     model = FakeListChatModel(responses=["query one\nquery two"])
     assert texts_of(MultiQueryRetriever.from_llm(base, model).invoke("q")) == ["b score=0.9", "c score=0.5"]
-
-
-def test_a_compressor_pipeline_reranks(call: Call, langchain: RegoloRerank) -> None:
-    """As a step of a pipeline, it reranks the result of the step before."""
-    splitter = CharacterTextSplitter(separator="|", chunk_size=12, chunk_overlap=0)
-    pipeline = DocumentCompressorPipeline(transformers=[splitter, langchain])
-    kept = call(pipeline.compress_documents, [Document("a score=0.1|b score=0.9", metadata={"source": "x"})], "q")
-    assert texts_of(list(kept)) == ["b score=0.9", "a score=0.1"]
-    assert kept[0].metadata == {"source": "x", "relevance_score": 0.9}
 
 
 def test_rerank_accepts_strings_documents_and_dicts(call: Call, langchain: RegoloRerank, stub: Stub) -> None:

@@ -3,15 +3,13 @@
 from typing import Any
 
 import pytest
-
-integration_tests = pytest.importorskip("langchain_tests.integration_tests")
-
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda
 
 from regolo_rerank.langchain import RegoloRerank, RerankRetriever
 
+integration_tests = pytest.importorskip("langchain_tests.integration_tests")
 TEXTS = ["Rome is in Italy.", "Beijing is the capital of China.", "Paris is in France.", "Tea is from China."]
 
 
@@ -25,7 +23,7 @@ class TestRerankRetriever(integration_tests.RetrieversIntegrationTests):  # type
 
     @property
     def retriever_constructor_params(self) -> dict[str, Any]:
-        base = RunnableLambda(lambda _: [Document(text) for text in TEXTS])
+        base: Runnable[str, list[Document]] = RunnableLambda(lambda _: [Document(text) for text in TEXTS])
         return {"base_retriever": base, "reranker": RegoloRerank(base_url="local://")}
 
     @property

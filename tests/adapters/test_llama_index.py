@@ -8,9 +8,7 @@ import httpx
 import pytest
 from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
-from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import MockLLM
-from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import TimeWeightedPostprocessor
 from llama_index.core.retrievers import BaseRetriever, QueryFusionRetriever
 from llama_index.core.retrievers.fusion_retriever import FUSION_MODES
@@ -18,7 +16,7 @@ from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWith
 
 from regolo_rerank import AuthenticationError, InvalidInputError
 from regolo_rerank.llama_index import RegoloRerank
-from tests.adapters.helpers import BEST, QUERY, TEXTS, ids_of, nodes, scores_of, texts_of
+from tests.adapters.helpers import BEST, QUERY, ids_of, nodes, scores_of, texts_of
 from tests.conftest import KEY
 from tests.support.modes import Call
 from tests.support.stub import Reply, Stub, error, results
@@ -79,7 +77,7 @@ def test_metadata_mode_selects_the_scored_metadata(
         excluded_embed_metadata_keys=["id"],
         excluded_llm_metadata_keys=["title"],
     )
-    reranker = RegoloRerank(KEY, base_url=stub.url, prompt_format="plain", **options)
+    reranker = RegoloRerank(api_key=KEY, base_url=stub.url, prompt_format="plain", **options)
     call(reranker.postprocess_nodes, [NodeWithScore(node=node)], query_str="q")
     assert stub.documents == [[sent]]
 
@@ -147,33 +145,6 @@ def test_a_query_engine_reranks(call: Call, llama_index: RegoloRerank, stub: Stu
     assert stub.received[0].json["query"] == QUERY
 
 
-def test_an_engine_per_request_has_options_of_its_own(call: Call, llama_index: RegoloRerank, stub: Stub) -> None:
-    """A service makes an engine for each request from one reranker, whose connections they share."""
-    for tenant in ("x", "y"):
-        reranker = llama_index.with_options(api_key=f"sk-tenant-{tenant}", top_n=1)
-        engine: Any = index().as_query_engine(llm=MockLLM(), node_postprocessors=[reranker], similarity_top_k=3)
-        assert texts_of(call(engine.query, QUERY).source_nodes) == BEST[:1]
-    assert [request.headers["authorization"] for request in stub.received] == [
-        "Bearer sk-tenant-x",
-        "Bearer sk-tenant-y",
-    ]
-
-
-@pytest.mark.parametrize("chat_mode", [ChatMode.CONTEXT, ChatMode.CONDENSE_PLUS_CONTEXT])
-def test_a_chat_engine_reranks(call: Call, llama_index: RegoloRerank, chat_mode: ChatMode) -> None:
-    """A chat's context holds the best nodes, in their order, and no others."""
-    engine = index().as_chat_engine(
-        chat_mode=chat_mode,
-        llm=MockLLM(),
-        memory=ChatMemoryBuffer.from_defaults(token_limit=3_000),
-        node_postprocessors=[llama_index],
-        similarity_top_k=3,
-    )
-    response = call(engine.chat, QUERY)
-    assert texts_of(response.source_nodes) == BEST
-    assert "a score=0.1" not in str(response)
-
-
 def test_a_fusion_retriever_fuses_reranked_nodes(llama_index: RegoloRerank) -> None:
     """It recognises a node by its hash, which a score of each query in the metadata would change."""
     llama_index.score_metadata_key, llama_index.top_n = None, None
@@ -217,7 +188,7 @@ def test_a_dump_keeps_the_options_and_no_key(
     handler = LlamaDebugHandler(print_trace_on_end=False)
     with httpx.Client(headers={"x-caller": "mine"}) as http_client:
         reranker = RegoloRerank(
-            KEY,
+            api_key=KEY,
             base_url=stub.url,
             model="m",
             top_n=2,
@@ -278,10 +249,3 @@ def test_callbacks_show_the_end_of_a_failed_call(call: Call, llama_index: Regolo
         call(llama_index.postprocess_nodes, nodes(), query_str="q")
     ((_, end),) = handler.get_event_pairs(CBEventType.RERANKING)
     assert end.payload == {EventPayload.EXCEPTION: raised.value}
-
-
-def test_a_tuple_of_texts_is_not_a_node(call: Call, llama_index: RegoloRerank) -> None:
-    """The error names `nodes`, which is the name of LlamaIndex's argument."""
-    wrong: Any = TEXTS
-    with pytest.raises(InvalidInputError, match=r"nodes\[0\]: must be a NodeWithScore, got str; pass NodeWithScore\("):
-        call(llama_index.postprocess_nodes, wrong, query_str="q")

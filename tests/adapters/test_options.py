@@ -4,18 +4,15 @@ import asyncio
 import pickle
 import threading
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
-import httpx
 import langchain_core
 import llama_index.core
 import pytest
 
 from regolo_rerank import InvalidInputError, RateLimitError, RerankFallbackWarning, __version__
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
-from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
-from tests.adapters.helpers import DOWN, TEXTS, Adapter, Rerank, items_for, scores_of, texts_of
+from tests.adapters.helpers import DOWN, TEXTS, Adapter, Rerank, documents, items_for, scores_of
 from tests.conftest import KEY
 from tests.support.stub import Reply, Stub, scored, together
 
@@ -137,43 +134,6 @@ def test_copies_with_the_same_key_share_the_pause_after_a_429(
     assert len(stub.received) == sent
 
 
-def test_a_deep_copy_works_and_leaves_the_original_alone(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """It has the key and the caller's http client, which cannot be copied themselves."""
-    with httpx.Client(headers={"x-caller": "mine"}) as http_client:
-        adapter.http_client = http_client
-        copy = deepcopy(adapter)
-        copy.top_n = 1
-        assert [len(rerank(either)) for either in (copy, adapter)] == [1, 2]
-        assert copy.http_client is http_client
-    assert {request.headers["authorization"] for request in stub.received} == {f"Bearer {KEY}"}
-
-
-def test_a_closed_adapter_works_again(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """The end of a `with` block closes the connections; the next call opens one."""
-    with adapter as opened:
-        assert opened is adapter
-        rerank(adapter)
-        rerank(adapter)
-        before = stub.connections
-    rerank(adapter)
-    assert stub.connections > before
-
-
-@pytest.mark.anyio
-async def test_an_async_with_block_closes_the_connections(adapter: Adapter, stub: Stub) -> None:
-    """The same for the connections of the event loop."""
-    method: Any = adapter.acompress_documents if isinstance(adapter, LangChainRerank) else adapter.apostprocess_nodes
-    query = "query" if isinstance(adapter, LangChainRerank) else "query_str"
-    async with adapter as opened:
-        assert opened is adapter
-        await method(items_for(adapter, TEXTS), **{query: "q"})
-        await method(items_for(adapter, TEXTS), **{query: "q"})
-    assert stub.connections == 1
-    await method(items_for(adapter, TEXTS), **{query: "q"})
-    assert stub.connections == 2
-    await adapter.aclose()
-
-
 def test_a_pickle_keeps_the_options_without_the_key(
     rerank: Rerank, adapter: Adapter, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,20 +173,6 @@ async def test_async_calls_run_at_once_without_threads(adapter: Adapter, stub: S
 
 
 @pytest.mark.anyio
-async def test_sync_calls_work_inside_a_running_loop(adapter: Adapter, stub: Stub) -> None:
-    """A sync method that a framework calls from a coroutine ranks in several requests as elsewhere."""
-    adapter.batch_size = 1
-    given = items_for(adapter, TEXTS)
-    kept: list[Any]
-    if isinstance(adapter, LangChainRerank):
-        kept = adapter.compress_documents(given, "q")
-    else:
-        kept = adapter.postprocess_nodes(given, query_str="q")
-    assert texts_of(kept) == ["b score=0.9", "c score=0.5"]
-    assert len(stub.received) == 3
-
-
-@pytest.mark.anyio
 async def test_sixteen_tenants_never_cross_keys(adapter: Adapter, stub: Stub) -> None:
     """Concurrent requests with a key each send every query with its own key, with retries in between."""
     adapter.max_retries = 2
@@ -257,8 +203,14 @@ async def test_sixteen_tenants_never_cross_keys(adapter: Adapter, stub: Stub) ->
     assert sorted(sent) == sorted((str(tenant), f"Bearer sk-tenant-{tenant}") for tenant in [*range(16)] * 2)
 
 
-def test_both_adapters_have_the_same_options() -> None:
-    """They differ in the options of their framework only."""
-    own = {"metadata_fields", "metadata_mode", "keep_retrieval_score", "callback_manager"}
-    langchain, llama = ({*made.model_fields} - own for made in (LangChainRerank, LlamaIndexRerank))
-    assert langchain == llama
+@pytest.mark.anyio
+async def test_with_blocks_close_the_connections(langchain: LangChainRerank, stub: Stub) -> None:
+    """A call after the block opens new ones, sync and async."""
+    for _ in range(2):
+        with langchain as opened:
+            opened.compress_documents(documents(), "q")
+            opened.compress_documents(documents(), "q")
+        async with langchain as opened:
+            await opened.acompress_documents(documents(), "q")
+            await opened.acompress_documents(documents(), "q")
+    assert stub.connections == 4

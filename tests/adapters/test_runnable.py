@@ -4,7 +4,7 @@ import asyncio
 import pickle
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import pytest
 from langchain_core.documents import Document
@@ -18,31 +18,26 @@ from langchain_core.runnables import (
     RunnablePassthrough,
 )
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from langgraph.graph import START, StateGraph
 from pydantic import SecretStr, ValidationError
 
-from regolo_rerank import AuthenticationError, InvalidInputError, RateLimitError, RerankFallbackWarning, ServerError
+from regolo_rerank import InvalidInputError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank
 from tests.adapters.helpers import BEST, DOWN, QUERY, Everything, documents, runs_in, texts_of, tree
 from tests.conftest import KEY
 from tests.support.modes import Call
-from tests.support.stub import Received, Reply, Stub, error, scored
+from tests.support.stub import Stub
 
 Step = Runnable[Any, Any]
-
-
-class State(TypedDict, total=False):
-    """The state of a graph."""
-
-    query: str
-    documents: list[Document]
 
 
 class TopOne(RegoloRerank):
     """A subclass that returns the best document only, renamed."""
 
     def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[Document]:
-        return [Document("sync " + kept.page_content) for kept in super().compress_documents(documents, query)[:1]]
+        return [
+            Document("sync " + kept.page_content)
+            for kept in super().compress_documents(documents, query, callbacks)[:1]
+        ]
 
     async def acompress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[Document]:
         kept = await super().acompress_documents(documents, query, callbacks)
@@ -109,38 +104,6 @@ def test_a_step_has_the_name_tags_and_id_of_its_configuration(call: Call, step: 
     assert (tree(run), sorted(run.tags or []), run.extra["metadata"]["tenant"]) == ("second stage", ["now", "rag"], "x")
 
 
-def test_with_retry_and_with_fallbacks_work(call: Call, step: Any, stub: Stub) -> None:
-    """LangChain's own retries and fallbacks go by the errors that a step raises."""
-    patient = step.with_retry(
-        retry_if_exception_type=(RateLimitError,), wait_exponential_jitter=False, stop_after_attempt=2
-    )
-    stub.script(error("too many requests", 429))
-    assert texts_of(call(patient.invoke, candidates())) == BEST
-    stub.script(DOWN)
-    with pytest.raises(ServerError):
-        call(patient.invoke, candidates())
-    assert len(stub.received) == 3
-    safe = step.with_fallbacks([RunnableLambda(lambda given: given["documents"][:1])])
-    stub.script(DOWN)
-    assert call(safe.invoke, candidates()) == documents()[:1]
-
-
-def test_a_batch_keeps_its_order_and_its_errors(call: Call, step: Any, stub: Stub) -> None:
-    """With `return_exceptions`, an error takes the place of its input; every input is a run of its own."""
-
-    def reply(request: Received) -> Reply:
-        return error("no such key", 401) if request.json["query"] == "query 3" else scored(request)
-
-    stub.reply = reply
-    trace = RunCollectorCallbackHandler()
-    given = [candidates(f"query {number}") for number in range(8)]
-    outcomes = call(step.batch, given, {"callbacks": [trace]}, return_exceptions=True)
-    assert isinstance(outcomes.pop(3), AuthenticationError)
-    assert [texts_of(kept) for kept in outcomes] == [BEST] * 7
-    queries = sorted(run.inputs["query"] for run in runs_in(trace.traced_runs))
-    assert queries == [f"query {number}" for number in range(8)]
-
-
 def test_a_step_describes_its_input(langchain: RegoloRerank) -> None:
     """Its schema accepts what it accepts, and a graph shows it by the name of its class."""
     step: Any = TopOne(base_url="local://").as_runnable(query_key="question", documents_key="context")
@@ -157,7 +120,10 @@ def test_a_step_describes_its_input(langchain: RegoloRerank) -> None:
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"question": QUERY, "documents": []}, r"got the keys 'question', 'documents'\. .*as_runnable\(query_key=..., "),
+        (
+            {"question": QUERY, "documents": []},
+            r"got the keys 'question', 'documents'\. .*as_runnable\(query_key=..., ",
+        ),
         (QUERY, "got str"),
         ({"query": QUERY, "documents": ["a"]}, r"documents\[0\]: must be a Document, got str"),
     ],
@@ -178,7 +144,7 @@ def test_a_step_accepts_other_keys(call: Call, langchain: RegoloRerank) -> None:
 
 def test_a_subclass_counts(call: Call, stub: Stub) -> None:
     """A step calls the public method, so a subclass's own `compress_documents` is not passed over."""
-    step: Any = TopOne(KEY, base_url=stub.url).as_runnable()
+    step: Any = TopOne(api_key=KEY, base_url=stub.url).as_runnable()
     assert texts_of(call(step.invoke, candidates())) == [f"{call.mode} b score=0.9"]
     assert texts_of(call(step.invoke, candidates(), model="other")) == [f"{call.mode} b score=0.9"]
 
@@ -232,7 +198,7 @@ def test_a_step_accepts_the_options_of_one_call(
 
 
 def test_an_argument_replaces_a_configured_option(call: Call, step: Any) -> None:
-    """The argument of `invoke` counts first, then the configured field, then the reranker's option; None is no value."""
+    """The argument counts first, then the configured field, then the reranker's option; None is no value."""
     configured = step.configurable_fields(top_n=ConfigurableField(id="n"))
     for arguments, count in (({"top_n": 3}, 3), ({"top_n": None}, 1)):
         assert len(call(configured.invoke, candidates(), {"configurable": {"n": 1}}, **arguments)) == count
@@ -247,25 +213,24 @@ def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRe
         assert call(cast("Any", langchain.as_runnable()).invoke, candidates(), top_n=1) == documents()[:1]
 
 
-@pytest.mark.parametrize("way", ["invoke", "bind"])
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"batch_size": 5}, r"batch_size: not an option of one call; those are top_n, .*api_key.* with with_options\(\)"),
+        (
+            {"batch_size": 5},
+            r"batch_size: not an option of one call; those are top_n, .*api_key.* with with_options\(\)",
+        ),
         ({"top_n": 0}, "top_n: "),
         ({"top_n": "many"}, "top_n: .*got 'many'"),
         ({"api_key": "Bearer x"}, "api_key: must be the key itself"),
     ],
 )
 def test_a_step_rejects_other_arguments(
-    call: Call, step: Any, stub: Stub, way: str, arguments: dict[str, Any], problem: str
+    call: Call, step: Any, stub: Stub, arguments: dict[str, Any], problem: str
 ) -> None:
     """An option without effect would be worse than an error; the error lists those that work."""
     with pytest.raises(InvalidInputError, match=problem):
-        if way == "invoke":
-            call(step.invoke, candidates(), **arguments)
-        else:
-            call(step.bind(**arguments).invoke, candidates())
+        call(step.bind(**arguments).invoke, candidates())
     assert stub.received == []
 
 
@@ -330,21 +295,3 @@ def test_a_rerank_in_a_function_nests_below_it(call: Call, langchain: RegoloRera
     function: Step = RunnableLambda(around, aaround)
     call(function.invoke, QUERY, {"callbacks": [trace]})
     assert [tree(root) for root in trace.traced_runs] == [{"around": ["RegoloRerank", "RegoloRerank"]}]
-
-
-def test_a_graph_reranks_in_a_node(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
-    """A node that reranks puts the best documents into the state, with its run below the graph's."""
-    graph = StateGraph(State)
-    graph.add_node("retrieve", lambda state: {"documents": Everything().invoke(state["query"])})
-    graph.add_node("rerank", RunnableParallel(documents=langchain.as_runnable()))
-    graph.add_edge(START, "retrieve")
-    graph.add_edge("retrieve", "rerank")
-    trace, compiled = RunCollectorCallbackHandler(), cast("Step", graph.compile())
-    state = call(compiled.invoke, {"query": QUERY}, {"callbacks": [trace]})
-    assert texts_of(state["documents"]) == BEST
-    (root,) = trace.traced_runs
-    above = {"RunnableParallel<documents>": ["RegoloRerank"]}
-    assert tree(root) == {"LangGraph": [{"retrieve": ["Everything"]}, {"rerank": [above]}]}
-    stub.always(error("no such key", 401))
-    with pytest.raises(AuthenticationError):
-        call(compiled.invoke, {"query": QUERY})
