@@ -72,7 +72,7 @@ class Events(BaseEventHandler):
 
 
 def documents() -> list[Document]:
-    """Return the texts as LangChain's documents; only the first has an id and metadata."""
+    """Return the texts as LangChain's documents. Only the first has an id and metadata."""
     return [Document(TEXTS[0], id="id-0", metadata={"source": "x"}), *(Document(text) for text in TEXTS[1:])]
 
 

@@ -19,7 +19,7 @@ def metadata_of(item: Any) -> dict[str, Any]:
 
 
 def test_the_best_come_first_with_their_scores(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """The `top_n` best come back in order, each with its score, also in the metadata; all were sent with the query."""
+    """The `top_n` best are in order, with their scores, also in the metadata. All were sent with the query."""
     kept = rerank(adapter)
     assert (texts_of(kept), scores_of(kept)) == (BEST, [0.9, 0.5])
     assert [metadata_of(item)["relevance_score"] for item in kept] == [0.9, 0.5]
@@ -29,7 +29,7 @@ def test_the_best_come_first_with_their_scores(rerank: Rerank, adapter: Adapter,
 
 @pytest.mark.parametrize(("top_n", "count"), [(1, 1), (None, 7), (9, 7)])
 def test_top_n_limits_the_result(rerank: Rerank, adapter: Adapter, top_n: int | None, count: int) -> None:
-    """None keeps all, and more than there are is no error. The default is 5."""
+    """None keeps all, and a larger number than there are is allowed. The default is 5."""
     assert type(adapter)().top_n == 5
     adapter.top_n = top_n
     texts = [f"{number} score=0.{number}" for number in range(1, 8)]
@@ -58,7 +58,7 @@ def test_equal_texts_are_all_kept(rerank: Rerank, adapter: Adapter, stub: Stub) 
 
 @pytest.mark.parametrize("kind", [tuple, iter])
 def test_tuples_and_iterators_are_accepted(rerank: Rerank, adapter: Adapter, kind: Any) -> None:
-    """The items may come in a tuple, and LangChain's in an iterator; LlamaIndex itself requires a list of nodes."""
+    """The items may come in a tuple, and LangChain's in an iterator. LlamaIndex itself requires a list of nodes."""
     assert texts_of(rerank(adapter, kind(items_for(adapter, TEXTS)))) == BEST
 
 
@@ -74,14 +74,14 @@ def test_an_empty_list_sends_nothing(rerank: Rerank, adapter: Adapter, stub: Stu
         ("text", "must be a list, got str"),
         ({"a": 1}, "must be a list, got dict"),
         ([None], r"\[0\]: must be a (Document|NodeWithScore), got NoneType"),
-        (["a"], r"\[0\]: must be a (Document|NodeWithScore), got str; pass (Document|NodeWithScore)\("),
+        (["a"], r"\[0\]: must be a (Document|NodeWithScore), got str. Pass (Document|NodeWithScore)\("),
         ([TextNode(text="a")], r"\[0\]: must be a (Document|NodeWithScore), got TextNode"),
     ],
 )
 def test_other_input_is_rejected_by_position_and_type(
     rerank: Rerank, adapter: Adapter, stub: Stub, given: Any, problem: str
 ) -> None:
-    """The error names what is wrong and where, and nothing is sent, whatever `on_error` is."""
+    """The error has position and type, and nothing is sent, also with `on_error`."""
     adapter.on_error = "return_input"
     with pytest.raises(InvalidInputError, match=problem):
         rerank(adapter, given)
@@ -89,7 +89,7 @@ def test_other_input_is_rejected_by_position_and_type(
 
 
 def test_without_a_metadata_key_only_the_ranking_is_new(rerank: Rerank, adapter: Adapter) -> None:
-    """With `score_metadata_key=None` documents stay equal, and nodes keep their hash; a node's `score` is set."""
+    """With `score_metadata_key=None` documents stay equal, and nodes keep their hash. A node's `score` is set."""
     adapter.score_metadata_key = None
     given = items_for(adapter, TEXTS)
     kept = rerank(adapter, given)
@@ -111,7 +111,7 @@ def test_the_metadata_key_can_have_another_name(rerank: Rerank, adapter: Adapter
 
 
 def test_a_split_document_is_returned_whole_with_its_best_passage(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """The metadata of a long document names the passage that its score is from; a short one has no such key."""
+    """The metadata of a long document names the passage that its score is from. A short one has no such key."""
     adapter.max_document_chars, adapter.long_documents = 32, "split"
     long = "Nothing here, score=0.1 only. The answer, score=0.8 that is. The end, score=0.2 it is."
     short, kept = rerank(adapter, items_for(adapter, ["b score=0.9", long]))

@@ -1,4 +1,4 @@
-"""What only the LangChain adapter does with documents, and its `rerank` method."""
+"""The LangChain adapter: documents, `metadata_fields` and the `rerank` method."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from tests.support.stub import Stub
 
 
 class Page(Document):
-    """A document with a field of its own."""
+    """A document with another field."""
 
     number: int
 
@@ -33,7 +33,7 @@ class DocumentWithState(Document):
 
 
 def test_class_id_type_and_metadata_are_kept(call: Call, langchain: RegoloRerank) -> None:
-    """A document comes back in its own class with all its fields, plus the score."""
+    """A document keeps its class and all its fields, plus the score."""
     page = Page(page_content="a score=0.4", id="p-7", number=7, metadata={"source": "x", "nested": {"tags": ["y"]}})
     (kept,) = call(langchain.compress_documents, [page], "q")
     assert type(kept) is Page
@@ -67,7 +67,7 @@ def test_a_class_that_cannot_be_serialised_comes_back_as_a_plain_document(
 def test_a_single_document_is_rejected_with_advice(call: Call, langchain: RegoloRerank) -> None:
     """A document is iterable, so without the check it would be taken for a list of its fields."""
     wrong: Any = Document("a")
-    with pytest.raises(InvalidInputError, match=r"must be a list, got Document; pass \[document\]"):
+    with pytest.raises(InvalidInputError, match=r"must be a list, got Document. Pass \[document\]"):
         call(langchain.compress_documents, wrong, "q")
 
 
@@ -148,7 +148,7 @@ def test_rerank_accepts_the_options_of_one_call(call: Call, langchain: RegoloRer
 def test_rerank_rejects_documents_without_a_text(
     call: Call, langchain: RegoloRerank, stub: Stub, document: Any, problem: str
 ) -> None:
-    """The error names position and type, and nothing is sent."""
+    """The error has position and type, and nothing is sent."""
     with pytest.raises(InvalidInputError, match=problem):
         call(langchain.rerank, ["a", document], "q")
     assert stub.received == []
@@ -163,7 +163,7 @@ def test_rerank_raises_whatever_on_error_is(call: Call, langchain: RegoloRerank,
 
 
 def test_the_key_has_a_second_name(call: Call, stub: Stub) -> None:
-    """`regolo_api_key` is `api_key` under the name that LangChain's conventions give it; both at once are rejected."""
+    """`regolo_api_key` is `api_key` under the name that LangChain's conventions give it. Both at once are rejected."""
     options: dict[str, Any] = {"regolo_api_key": KEY, "base_url": stub.url}
     call(RegoloRerank(**options).compress_documents, documents(), "q")
     assert stub.received[0].headers["authorization"] == f"Bearer {KEY}"

@@ -1,4 +1,4 @@
-"""What only the LlamaIndex adapter does with nodes, engines, dumps and callbacks."""
+"""The LlamaIndex adapter: nodes, engines, dumps and callbacks."""
 
 import asyncio
 from collections.abc import Callable
@@ -123,11 +123,11 @@ def test_a_second_rerank_replaces_the_first_score(call: Call, llama_index: Regol
 
 
 def test_a_missing_query_is_rejected(call: Call, llama_index: RegoloRerank, stub: Stub) -> None:
-    """The error says how to pass one, also for a text in place of a query bundle."""
-    with pytest.raises(InvalidInputError, match=r"query: missing; pass query_str=\.\.\."):
+    """The error explains how to pass one, also for a text in place of a query bundle."""
+    with pytest.raises(InvalidInputError, match=r"query: missing. Pass query_str=\.\.\."):
         call(llama_index.postprocess_nodes, nodes())
     wrong: Any = "q"
-    with pytest.raises(InvalidInputError, match="must be a QueryBundle, got str; pass a text as query_str"):
+    with pytest.raises(InvalidInputError, match=r"must be a QueryBundle, got str\. Pass a text as query_str"):
         call(llama_index.postprocess_nodes, nodes(), wrong)
     assert stub.received == []
 
@@ -183,7 +183,7 @@ DUMPS: dict[str, tuple[Callable[[RegoloRerank], Any], Callable[[Any], RegoloRera
 def test_a_dump_keeps_the_options_and_no_key(
     call: Call, stub: Stub, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    """The loaded reranker has the same options and takes its key from the environment; the original still works."""
+    """The loaded reranker has the same options and takes its key from the environment. The original still works."""
     dump, load = DUMPS[form]
     handler = LlamaDebugHandler(print_trace_on_end=False)
     with httpx.Client(headers={"x-caller": "mine"}) as http_client:
@@ -212,7 +212,7 @@ def test_a_dump_keeps_the_options_and_no_key(
 
 
 def test_a_dump_names_its_class(llama_index: RegoloRerank) -> None:
-    """LlamaIndex finds the class of a dump by the name in it, and the constructor accepts that name."""
+    """LlamaIndex finds the class of a dump by the name in it, and the constructor ignores that name."""
     assert llama_index.to_dict()["class_name"] == RegoloRerank.class_name() == "RegoloRerank"
     options: dict[str, Any] = {"class_name": "RegoloRerank", "top_n": 3}
     assert [RegoloRerank(**options).top_n, RegoloRerank.from_dict(options).top_n] == [3, 3]

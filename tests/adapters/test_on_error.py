@@ -1,4 +1,4 @@
-"""`on_error="return_input"`: which failures fall back, which raise, what comes back, and how long it takes."""
+"""`on_error="return_input"`: which failures fall back, which raise, the result, and the time that it takes."""
 
 import asyncio
 import inspect
@@ -88,9 +88,9 @@ def failure(request: pytest.FixtureRequest, adapter: Adapter, stub: Stub) -> Ite
 
 
 def test_a_failure_returns_the_input(rerank: Rerank, adapter: Adapter, failure: type[RegoloError]) -> None:
-    """By default each failure raises its error. With the option, the first `top_n` items come back as they were.
+    """By default each failure raises its error. With the option, the first `top_n` items are returned as they were.
 
-    A threshold does not apply, because there are no scores. One warning names the reason.
+    A threshold does not apply without scores. One warning names the reason.
     """
     adapter.score_threshold = 0.99
     given = items_for(adapter, TEXTS)
@@ -139,7 +139,7 @@ def test_a_blank_query_falls_back(rerank: Rerank, adapter: Adapter, stub: Stub) 
 def test_a_fallback_removes_an_earlier_score(
     rerank: Rerank, falling_back: Adapter, stub: Stub, key: str | None
 ) -> None:
-    """Only the score under the adapter's own key would be taken for its result; the input keeps it."""
+    """Only the score under the adapter's own key would be taken for its result. The input keeps it."""
     falling_back.score_metadata_key = key
     stub.always(DOWN)
     metadata: dict[str, Any] = {"relevance_score": 0.8, "source": "x"}
@@ -199,7 +199,7 @@ SLOW: dict[str, Any] = {
 
 @pytest.mark.parametrize("fault", SLOW)
 def test_total_timeout_bounds_the_fallback(rerank: Rerank, falling_back: Adapter, fault: str) -> None:
-    """The answer comes after `total_timeout`, whatever the server does, and however many retries are left."""
+    """The answer comes after `total_timeout`, for each kind of slow server, even if retries are left."""
     falling_back.total_timeout, falling_back.max_retries = 0.3, 3
     with FaultServer(usual=SLOW[fault]) as server:
         falling_back.base_url = server.url

@@ -40,8 +40,8 @@ COPIES = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("topn", 3, "topn: unknown option; did you mean top_n?"),
-        ("device", "cuda", "device: unknown option; the model runs on the server; leave it out"),
+        ("topn", 3, "topn: unknown option, did you mean top_n?"),
+        ("device", "cuda", "device: unknown option, leave it out"),
         ("top_n", 0, "top_n: .*None keeps all"),
         ("on_error", "ignore", "on_error: must be 'raise' or 'return_input', got 'ignore'"),
         ("score_metadata_key", "", "score_metadata_key: "),
@@ -51,7 +51,7 @@ COPIES = pytest.mark.parametrize(
 def test_a_wrong_option_is_rejected_by_name(
     adapter: Adapter, change: Callable[..., Any], name: str, value: Any, problem: str
 ) -> None:
-    """The error names the option, however it is set, and the adapter stays as it was."""
+    """The error contains the option, however it is set, and the adapter stays as it was."""
     before = adapter.model_dump()
     with pytest.raises(InvalidInputError, match=problem):
         change(adapter, name, value)

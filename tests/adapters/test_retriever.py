@@ -42,7 +42,7 @@ class NativeOnly(Everything):
 
 
 def test_it_reranks_what_its_base_finds(call: Call, retriever: Retriever, stub: Stub) -> None:
-    """The best documents come back in order, and the query is sent as it is."""
+    """The best documents are returned in order, and the query is sent unchanged."""
     assert texts_of(call(retriever.invoke, QUERY)) == BEST
     assert stub.received[0].json["query"] == QUERY
 
@@ -86,8 +86,8 @@ def test_k_is_the_number_of_documents(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"top_n": 1, "k": 1}, "k: the same as top_n; pass one of them"),
-        ({"batch_size": 5}, r"batch_size: not an option of one call; those are top_n, .*, api_key"),
+        ({"top_n": 1, "k": 1}, "k: the same as top_n. Pass one of them"),
+        ({"batch_size": 5}, r"batch_size: not an option of one call. Those are top_n, .*, api_key"),
         ({"k": 0}, "top_n: "),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_failed_rerank_fails_the_retriever(call: Call, retriever: Retriever, s
 
 @pytest.mark.anyio
 async def test_it_is_async_without_threads(langchain: RegoloRerank, stub: Stub) -> None:
-    """Base and reranker are both called by their async methods, in the event loop's own thread."""
+    """It calls the async methods of base and reranker, in the event loop's own thread."""
     started: list[str] = []
 
     def reply(request: Received) -> Reply:
@@ -185,7 +185,7 @@ async def test_it_is_async_without_threads(langchain: RegoloRerank, stub: Stub) 
 def test_repr_and_pickle_do_not_show_the_key(
     call: Call, langchain: RegoloRerank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the reranker's key nor one of the retriever's own; a pickled retriever works elsewhere."""
+    """Neither the reranker's key nor one of the retriever's own. A pickled retriever works elsewhere."""
     retriever: Retriever = RerankRetriever(
         base_retriever=Everything(), reranker=langchain, k=1, api_key=SecretStr("sk-retriever")
     )

@@ -129,7 +129,7 @@ def test_a_step_describes_its_input(langchain: RegoloRerank) -> None:
     ],
 )
 def test_a_step_rejects_other_input(call: Call, step: Any, stub: Stub, given: Any, problem: str) -> None:
-    """The error names the keys that it found, and never their values."""
+    """The error lists the keys that it found, and never their values."""
     with pytest.raises(InvalidInputError, match=problem) as rejected:
         call(step.invoke, given)
     assert QUERY not in str(rejected.value)
@@ -168,7 +168,7 @@ WAYS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
         **{name: ConfigurableField(id=f"my_{name}") for name in arguments}
     ).with_config(configurable={f"my_{name}": value for name, value in arguments.items()}),
 }
-"""Ways to set them besides `invoke`."""
+"""Ways to set them other than `invoke`."""
 
 
 @pytest.mark.parametrize("way", ["invoke", *WAYS])
@@ -198,7 +198,7 @@ def test_a_step_accepts_the_options_of_one_call(
 
 
 def test_an_argument_replaces_a_configured_option(call: Call, step: Any) -> None:
-    """The argument counts first, then the configured field, then the reranker's option; None is no value."""
+    """The argument counts first, then the configured field, then the reranker's option. None counts as not given."""
     configured = step.configurable_fields(top_n=ConfigurableField(id="n"))
     for arguments, count in (({"top_n": 3}, 3), ({"top_n": None}, 1)):
         assert len(call(configured.invoke, candidates(), {"configurable": {"n": 1}}, **arguments)) == count
@@ -206,7 +206,7 @@ def test_an_argument_replaces_a_configured_option(call: Call, step: Any) -> None
 
 
 def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
-    """The first `top_n` of the call come back."""
+    """The fallback returns the first `top_n` of the call."""
     langchain.on_error = "return_input"
     stub.always(DOWN)
     with pytest.warns(RerankFallbackWarning):
@@ -218,7 +218,7 @@ def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRe
     [
         (
             {"batch_size": 5},
-            r"batch_size: not an option of one call; those are top_n, .*api_key.* with with_options\(\)",
+            r"batch_size: not an option of one call. Those are top_n, .*api_key.* with with_options\(\)",
         ),
         ({"top_n": 0}, "top_n: "),
         ({"top_n": "many"}, "top_n: .*got 'many'"),
@@ -228,7 +228,7 @@ def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRe
 def test_a_step_rejects_other_arguments(
     call: Call, step: Any, stub: Stub, arguments: dict[str, Any], problem: str
 ) -> None:
-    """An option without effect would be worse than an error; the error lists those that work."""
+    """An option without effect would be worse than an error. The error lists those that work."""
     with pytest.raises(InvalidInputError, match=problem):
         call(step.bind(**arguments).invoke, candidates())
     assert stub.received == []

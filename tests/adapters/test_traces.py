@@ -62,7 +62,7 @@ from tests.support.stub import Received, Reply, Stub, error, scored
 
 
 def test_a_run_has_input_result_and_usage(way: Way, langchain: LangChainRerank, stub: Stub) -> None:
-    """Query, documents, model and top_n go in; documents, scores, ids and usage of all requests come out."""
+    """It has query, documents, model and top_n as input, and documents, scores, ids and usage as output."""
     langchain.batch_size, stub.reply = 2, with_usage
     trace = RunCollectorCallbackHandler()
     kept = way(langchain, trace)
@@ -201,7 +201,7 @@ def test_every_start_has_an_end(
     spans: SimpleSpanHandler,
     case: str,
 ) -> None:
-    """A call is one span with a start and an end event, whatever becomes of it. Wrong input starts no event."""
+    """A call is one span with a start and an end event, also if it fails. Wrong input starts no event."""
     llama_index.on_error, llama_index.top_n = "return_input", None
     given, query, reply, problem = CASES[case]
     kept: list[NodeWithScore] = []
@@ -238,7 +238,7 @@ def test_every_start_has_an_end(
 def test_openinference_shows_one_reranker_in_langchain(
     way: Way, langchain: LangChainRerank, stub: Stub, exporter: InMemorySpanExporter
 ) -> None:
-    """A call is one RERANKER span with all that is known of it; for other handlers it stays a chain."""
+    """A call is one RERANKER span with all attributes. For other handlers it stays a chain."""
     langchain.batch_size, stub.reply = 2, with_usage
     trace = RunCollectorCallbackHandler()
     way(langchain, trace)
@@ -293,7 +293,7 @@ def test_openinference_shows_one_reranker_in_an_engine(
 def test_openinference_shows_failures_and_fallbacks(
     rerank: Rerank, adapter: Adapter, stub: Stub, exporter: InMemorySpanExporter
 ) -> None:
-    """The span of an error has its message and no output; that of a fallback has output without relevance scores."""
+    """The span of an error has its message and no output. That of a fallback has output without relevance scores."""
     adapter.top_n, adapter.on_error = None, "return_input"
     stub.script(error("no such key", 401))
     stub.always(DOWN)
@@ -318,7 +318,7 @@ def test_openinference_shows_failures_and_fallbacks(
 def test_a_span_of_many_documents_keeps_the_important_attributes(
     rerank: Rerank, langchain: LangChainRerank, exporter: InMemorySpanExporter
 ) -> None:
-    """OpenTelemetry keeps 128 attributes; those that it drops are of the last input documents."""
+    """OpenTelemetry keeps 128 attributes. Those that it drops are of the last input documents."""
     rerank(langchain, [Document(f"{number} score=0.{number:03}") for number in range(200)])
     (span,) = reranker_spans(exporter)
     attributes = span.attributes or {}
@@ -332,7 +332,7 @@ def test_a_span_of_many_documents_keeps_the_important_attributes(
 def test_an_error_in_a_tracer_is_harmless(
     rerank: Rerank, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A call ranks even if OpenInference fails; the log has the reason."""
+    """A call ranks even if OpenInference fails. The log has the reason."""
 
     def fail(*_: Any) -> None:
         raise LookupError("no such span")
@@ -388,7 +388,7 @@ def langsmith() -> Iterator[tuple[LangChainTracer, Callable[[], list[dict[str, A
 def test_langsmith_shows_model_and_tokens(
     way: Way, langchain: LangChainRerank, stub: Stub, langsmith: Any, fails: bool
 ) -> None:
-    """The rerank has the names by which LangSmith knows models, and its tokens; no other run has them."""
+    """The rerank has the names by which LangSmith knows models, and its tokens. No other run has them."""
     tracer, received = langsmith
     langchain.batch_size, stub.reply = 2, with_usage
     if fails:
