@@ -8,7 +8,7 @@ not depend on the other documents of its request, so the replies merge into exac
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, Final
@@ -184,7 +184,7 @@ class Call:
                 f"invalid reply: {problem}", request_id=request_id_of(reply), body=reply.text[:2_000]
             )
         self._scores.update((batch.texts[score.position], score.value) for score in ranking.scores)
-        self._rankings[batch] = ranking
+        self._rankings[batch] = replace(ranking, scores=[])  # which are in `_scores` now
 
     def _find_problem(self, batch: Batch, ranking: Ranking) -> str | None:
         """Return what is wrong with a ranking: every document that was asked for must be in it, once and as itself."""

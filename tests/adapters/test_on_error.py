@@ -147,7 +147,7 @@ def test_a_fallback_removes_an_earlier_score(
     if not isinstance(falling_back, LangChainRerank):
         given = NodeWithScore(node=TextNode(text="a", id_="1", metadata=dict(metadata)), score=0.8)
     with pytest.warns(RerankFallbackWarning):
-        (kept,) = rerank(falling_back, [given])
+        kept: Any = rerank(falling_back, [given])[0]
     kept, given = (getattr(item, "node", item) for item in (kept, given))
     assert kept.metadata == ({"source": "x"} if key == "relevance_score" else metadata)
     assert (type(kept), given.metadata) == (type(given), metadata)
