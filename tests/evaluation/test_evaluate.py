@@ -107,9 +107,11 @@ def test_every_form_names_the_same_document(fields: dict[str, Any], form: str, c
     ],
 )
 def test_indices_that_could_be_labels_are_rejected(queries: list[Any]) -> None:
-    """A misread label turns the result around, so one ambiguous query stops the evaluation."""
+    """A misread label turns the result around. One query that can only hold indices settles it for all."""
     with pytest.raises(InvalidInputError, match=r'queries\[\d\]: .* one label per document, call the field "labels"'):
         evaluate(queries, client())
+    unambiguous = judged([0.1, 0.9, 0.5], [0, 1])
+    assert evaluate([judged([0.1, 0.9], [1, 0]), unambiguous], client()).forms == {"indices": 2}
 
 
 def test_relevant_documents_that_were_not_retrieved_count() -> None:
