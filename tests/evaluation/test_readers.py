@@ -106,7 +106,7 @@ def test_beir_without_a_run_gets_its_candidates_from_bm25(beir: Path) -> None:
     evaluation = evaluate(read_beir(beir), CLIENT)
     assert (evaluation.missed, evaluation.titles) == (0.5, 1)
     assert evaluation.variants[0].per_query[0].scores == [25.0, 15.0]
-    assert "Scored with the title in front of the text: 1 candidates." in str(evaluation)
+    assert "Titles scored in front of the text: 1." in str(evaluation)
 
 
 def test_beir_with_a_run_keeps_its_order(beir: Path) -> None:
