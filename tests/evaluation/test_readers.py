@@ -110,10 +110,10 @@ def test_beir_without_a_run_gets_its_candidates_from_bm25(beir: Path) -> None:
 
 
 def test_beir_with_a_run_keeps_its_order(beir: Path) -> None:
-    """Queries that the qrels lack are left out."""
-    write(beir, run="q1 Q0 c 1 1.5 tag\nq1 Q0 a 2 9 tag\nunjudged Q0 a 1 1 tag\n\n")
+    """Scores that are equal in single precision are tied. Queries that the qrels lack are left out."""
+    write(beir, run="q1 Q0 c 1 1.5 t\nq1 Q0 a 2 9.0000000001 t\nq1 Q0 b 3 9 t\nunjudged Q0 zz 1 1 t\n\n")
     queries = read_beir(beir, run=beir / "run")
-    assert [[each["id"] for each in query["documents"]] for query in queries] == [["a", "c"], []]
+    assert [[each["id"] for each in query["documents"]] for query in queries] == [["b", "a", "c"], []]
 
 
 @pytest.mark.parametrize(
