@@ -261,6 +261,7 @@ def test_variants_with_the_same_scores_are_reported() -> None:
     assert [variant.same_as for variant in evaluation.variants] == [None, None, "web"]
     assert "mine and web: identical scores for all candidates, so both variants send the same" in words(evaluation)
     assert "mine compared with" not in words(evaluation)
+    assert str(evaluation).count("95% interval") == 2
     assert "half compared with web: nDCG@10 +0.000" in words(evaluation)
 
 
