@@ -68,6 +68,11 @@ class Document:
     title: str | None = None
     number: int = 0
 
+    @property
+    def body(self) -> str:
+        """The text without the title."""
+        return self.text.removeprefix(f"{self.title} ") if self.title else self.text
+
 
 def read_documents(
     file: str | Path, *, text_field: str = "text", title_field: str | None = "title"

@@ -157,6 +157,7 @@ class Evaluation:
         queries: Number of queries with relevant documents. The measures are means over them.
         others: Number of queries without one. They count for the thresholds only, where every kept document is wrong.
         documents: Number of candidates of all queries.
+        titles: Number of candidates with a title, which was scored in front of the text.
         missed: Share of the relevant documents that the retriever did not find.
         forms: How the relevant documents were read ("labels", "ids", "indices", "grades by id" or "grades by index"),
             with the number of queries.
@@ -167,6 +168,7 @@ class Evaluation:
     queries: int
     others: int
     documents: int
+    titles: int
     missed: float
     forms: dict[str, int]
     skipped: dict[str, str]

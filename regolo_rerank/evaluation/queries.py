@@ -31,6 +31,7 @@ class JudgedQuery:
         grades: Grades by document id, including judged documents that were not retrieved.
         relevant: Ids of the documents with a grade of at least 1.
         form: How the relevant documents are given: "labels", "ids", "indices", "grades by id" or "grades by index".
+        titles: Number of candidates with a title.
     """
 
     place: str
@@ -40,6 +41,7 @@ class JudgedQuery:
     grades: dict[str, int]
     relevant: frozenset[str]
     form: str
+    titles: int
 
     @property
     def may_have_labels(self) -> bool:
@@ -136,7 +138,8 @@ def _read_query(row: Row, position: str, text_field: str, title_field: str | Non
             raise InvalidInputError(f'documents: two different texts have the id "{name}"')
     found = frozenset(name for name, grade in grades.items() if grade >= 1)
     id_ = read_id(line)
-    return JudgedQuery(row.place, position if id_ is None else str(id_), query, texts, grades, found, form)
+    titles = len({name for name, document in zip(names, documents, strict=True) if document.title})
+    return JudgedQuery(row.place, position if id_ is None else str(id_), query, texts, grades, found, form, titles)
 
 
 def _read_documents(given: Any, text_field: str, title_field: str | None) -> list[Document]:

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import ir_measures
 import numpy as np
 
-from regolo_rerank._files import read_documents, read_lines
+from regolo_rerank._files import Document, read_documents, read_lines
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.evaluation.queries import as_list
 
@@ -31,7 +32,7 @@ def read_beir(
         folder: Folder with `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each of them plain or as `.gz`.
         split: Which of the qrels.
         run: A TREC run with the candidates. By default BM25 finds the best 100.
-        text_field: Field of the corpus with the text.
+        text_field: Field of the corpus with the text. Pass the same name to `evaluate`, also for `title_field`.
         title_field: Field with the title, which is scored in front of the text. None leaves titles out.
 
     Raises:
@@ -61,7 +62,7 @@ def read_trec(
         run: Candidates: `query-id Q0 document-id rank score tag`. None lets BM25 find the best 100.
         queries: Texts of the queries: JSON with `_id` and `text`, or lines with an id, a tab and the text.
         corpus: Texts of the documents in the same formats.
-        text_field: Field of the corpus with the text.
+        text_field: Field of the corpus with the text. Pass the same name to `evaluate`, also for `title_field`.
         title_field: Field with the title, which is scored in front of the text. None leaves titles out.
 
     Returns:
@@ -73,24 +74,28 @@ def read_trec(
     judged: dict[str, dict[str, int]] = {}
     for qrel in _parse(qrels, _parse_qrel, "query-id 0 document-id grade"):
         judged.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-    questions = _read_texts(queries, set(judged), qrels)
+    questions = _read_by_id(queries, set(judged), qrels)
     if run is None:
-        texts = _read_texts(corpus, None, qrels, text_field, title_field)
-        ids, search = list(texts), bm25_search(list(texts.values()), CANDIDATES)
-        ranked = {query: [ids[index] for index in search(questions[query])] for query in judged}
+        found = _read_by_id(corpus, None, qrels, text_field, title_field)
+        ids, search = list(found), bm25_search([document.text for document in found.values()], CANDIDATES)
+        ranked = {query: [ids[index] for index in search(questions[query].text)] for query in judged}
     else:
         scored: dict[str, list[tuple[np.float32, str]]] = {query: [] for query in judged}
         for entry in _parse(run, ir_measures.read_trec_run, "query-id Q0 document-id rank score tag"):
             if entry.query_id in scored:
                 scored[entry.query_id].append((np.float32(entry.score), entry.doc_id))
         # trec_eval compares scores in single precision and breaks ties by id.
-        ranked = {query: [name for _, name in sorted(found, reverse=True)] for query, found in scored.items()}
-        texts = _read_texts(corpus, {name for names in ranked.values() for name in names}, run, text_field, title_field)
+        ranked = {query: [name for _, name in sorted(entries, reverse=True)] for query, entries in scored.items()}
+        found = _read_by_id(corpus, {name for names in ranked.values() for name in names}, run, text_field, title_field)
+    documents = {
+        name: {"id": name, text_field: document.body} | ({str(title_field): document.title} if document.title else {})
+        for name, document in found.items()
+    }
     return [
         {
             "id": query,
-            "query": questions[query],
-            "documents": [{"id": name, "text": texts[name]} for name in ranked[query]],
+            "query": questions[query].text,
+            "documents": [documents[name] for name in ranked[query]],
             "relevant": grades,
         }
         for query, grades in judged.items()
@@ -168,23 +173,24 @@ def _parse_qrel(line: str) -> Iterator[Any]:
     return found
 
 
-def _read_texts(
+def _read_by_id(
     file: str | Path,
     wanted: set[str] | None,
     source: str | Path,
     text_field: str = "text",
     title_field: str | None = None,
-) -> dict[str, str]:
-    """Return the texts of the wanted ids of another file, or all texts."""
-    texts = {}
-    for document in read_documents(file, text_field=text_field, title_field=title_field):
-        name, text = str(document.id), document.text
-        if document.id is None:
-            name, tab, text = text.partition("\t")
+) -> dict[str, Document]:
+    """Return the documents with the wanted ids of another file, or all documents."""
+    found = {}
+    for each in read_documents(file, text_field=text_field, title_field=title_field):
+        name, document = str(each.id), each
+        if each.id is None:
+            name, tab, text = each.text.partition("\t")
             if not tab:
-                raise InvalidInputError(f'{file}, line {document.number}: expected JSON with "_id", or an id and a tab')
+                raise InvalidInputError(f'{file}, line {each.number}: expected JSON with "_id", or an id and a tab')
+            document = replace(each, text=text)
         if wanted is None or name in wanted:
-            texts[name] = text
-    if wanted and (missing := wanted - texts.keys()):
+            found[name] = document
+    if wanted and (missing := wanted - found.keys()):
         raise InvalidInputError(f'{file}: no text for {len(missing):,} ids of {source}, such as "{min(missing)}"')
-    return texts
+    return found

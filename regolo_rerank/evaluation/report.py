@@ -99,6 +99,8 @@ def _describe_input(evaluation: Evaluation) -> Iterator[str]:
     total = evaluation.queries + evaluation.others
     forms = [form if count == total else f"{form} ({count:,})" for form, count in evaluation.forms.items()]
     yield f"Queries: {total:,}, candidates: {evaluation.documents:,}, relevant documents read as {', '.join(forms)}."
+    if evaluation.titles:
+        yield f"Titles scored in front of the text: {evaluation.titles:,}."
     if evaluation.others:
         yield f"Without a relevant document: {evaluation.others:,} (they count for the threshold only)."
     # Only ids can name documents that are not among the candidates.

@@ -93,6 +93,7 @@ def evaluate(
         queries=sum(bool(query.relevant) for query in judged),
         others=sum(not query.relevant for query in judged),
         documents=sum(len(query.documents) for query in judged),
+        titles=sum(query.titles for query in judged),
         missed=1 - found / sum(len(query.relevant) for query in judged),
         forms=dict(Counter(query.form for query in judged)),
         skipped=skipped,

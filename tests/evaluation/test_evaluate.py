@@ -107,9 +107,11 @@ def test_every_form_names_the_same_document(fields: dict[str, Any], form: str, c
     ],
 )
 def test_indices_that_could_be_labels_are_rejected(queries: list[Any]) -> None:
-    """A misread label turns the result around, so one ambiguous query stops the evaluation."""
+    """A misread label turns the result around. One query that can only hold indices settles it for all."""
     with pytest.raises(InvalidInputError, match=r'queries\[\d\]: .* one label per document, call the field "labels"'):
         evaluate(queries, client())
+    unambiguous = judged([0.1, 0.9, 0.5], [0, 1])
+    assert evaluate([judged([0.1, 0.9], [1, 0]), unambiguous], client()).forms == {"indices": 2}
 
 
 def test_relevant_documents_that_were_not_retrieved_count() -> None:
@@ -199,6 +201,8 @@ def test_the_best_threshold_is_found_and_cross_validated() -> None:
     by_threshold = {each.threshold: each for each in variant.thresholds}
     assert (by_threshold[0.75].precision, by_threshold[0.75].recall) == pytest.approx((2 / 3, 1.0))
     assert by_threshold[0.1].precision == pytest.approx(8 / 32)
+    tied = evaluate([judged([0.8, 0.8, 0.1], [0])], client()).variants[0].thresholds
+    assert [(each.threshold, each.precision) for each in tied] == [(0.8, 0.5), (0.1, pytest.approx(1 / 3))]
     assert "Without a relevant document: 4 (they count for the threshold only)." in words(evaluation)
     expected = f"Best score_threshold by F1: 0.8 (precision 1.00, recall 1.00, F1 1.00; {variant.held_out_f1:.2f} cross"
     assert expected in words(evaluation)
@@ -257,6 +261,7 @@ def test_variants_with_the_same_scores_are_reported() -> None:
     assert [variant.same_as for variant in evaluation.variants] == [None, None, "web"]
     assert "mine and web: identical scores for all candidates, so both variants send the same" in words(evaluation)
     assert "mine compared with" not in words(evaluation)
+    assert str(evaluation).count("95% interval") == 2
     assert "half compared with web: nDCG@10 +0.000" in words(evaluation)
 
 
@@ -426,7 +431,7 @@ def test_ten_problems_are_listed() -> None:
 def test_a_document_that_two_retrievers_found_counts_once() -> None:
     """The same id with the same text keeps its first rank and its best label."""
     documents = [{"id": "a", "text": "=1"}, {"id": "b", "text": "=2"}, {"id": "a", "text": "=1"}]
-    evaluation = evaluate([{"query": "q", "documents": documents, "labels": [0, 0, 1]}], client())
+    evaluation = evaluate([{"query": "q", "documents": documents, "labels": [1, 0, 0]}], client())
     (result,) = evaluation.variants[0].per_query
     assert (evaluation.documents, result.rank_before, result.ranked) == (2, 1, ["b", "a"])
 

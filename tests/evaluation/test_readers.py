@@ -58,7 +58,7 @@ def test_figures_equal_those_of_ir_measures_on_a_trec_run(tmp_path: Path) -> Non
         corpus=[{"docid": name, "contents": name[: 3 + len(name) % 3]} for name in ids],
     )
     queries = read_trec(QRELS, RUN, tmp_path / "queries", tmp_path / "corpus", text_field="contents")
-    evaluation = evaluate(queries, CLIENT, measures=MEASURES)
+    evaluation = evaluate(queries, CLIENT, measures=MEASURES, text_field="contents")
     measures = evaluation.variants[0].measures
     before = {name: each.before for name, each in measures.items()}
     assert before == pytest.approx(compute(RUN), abs=1e-12)
@@ -94,20 +94,26 @@ def test_beir_without_a_run_gets_its_candidates_from_bm25(beir: Path) -> None:
         {
             "id": "q1",
             "query": "cats that purr",
-            "documents": [{"id": "a", "text": "Cats They purr."}, {"id": "b", "text": "Rome is a city with cats."}],
+            "documents": [
+                {"id": "a", "title": "Cats", "text": "They purr."},
+                {"id": "b", "text": "Rome is a city with cats."},
+            ],
             "relevant": {"a": 2, "b": 0},
         },
         {"id": "q2", "query": "zebra", "documents": [], "relevant": {"c": 1}},
     ]
-    assert read_beir(beir, title_field=None)[0]["documents"][0]["text"] == "They purr."
-    assert evaluate(read_beir(beir), CLIENT).missed == 0.5
+    assert read_beir(beir, title_field=None)[0]["documents"][0] == {"id": "a", "text": "They purr."}
+    evaluation = evaluate(read_beir(beir), CLIENT)
+    assert (evaluation.missed, evaluation.titles) == (0.5, 1)
+    assert evaluation.variants[0].per_query[0].scores == [25.0, 15.0]
+    assert "Titles scored in front of the text: 1." in str(evaluation)
 
 
 def test_beir_with_a_run_keeps_its_order(beir: Path) -> None:
-    """Queries that the qrels lack are left out."""
-    write(beir, run="q1 Q0 c 1 1.5 tag\nq1 Q0 a 2 9 tag\nunjudged Q0 a 1 1 tag\n\n")
+    """Scores that are equal in single precision are tied. Queries that the qrels lack are left out."""
+    write(beir, run="q1 Q0 c 1 1.5 t\nq1 Q0 a 2 9.0000000001 t\nq1 Q0 b 3 9 t\nunjudged Q0 zz 1 1 t\n\n")
     queries = read_beir(beir, run=beir / "run")
-    assert [[each["id"] for each in query["documents"]] for query in queries] == [["a", "c"], []]
+    assert [[each["id"] for each in query["documents"]] for query in queries] == [["b", "a", "c"], []]
 
 
 @pytest.mark.parametrize(
