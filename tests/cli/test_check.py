@@ -135,6 +135,7 @@ def test_the_format_test_is_skipped_for_the_offline_scorer(run: Run) -> None:
 def test_rows_have_the_information_of_the_server(at_stub: Stub, run: Run) -> None:
     """Rows without information are left out, and so is the key."""
     headers = {"x-litellm-call-id": "call-1", "x-litellm-key-rpm-limit": "5", "x-litellm-response-cost": "0.001"}
+    headers["x-litellm-key-name"] = KEY
     at_stub.reply = lambda request: Reply(json.loads(concatenating(request).encoded()), headers=headers)
     out = run("check").out
     rows = dict(re.findall(r"(?m)^([\w ]{2,}?)  +(\S.*?) *$", out))
