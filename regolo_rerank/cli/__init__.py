@@ -1,1 +1,1 @@
-"""The command line `regolo-rerank`; the extra `[cli]` installs it."""
+"""The command line `regolo-rerank`, which needs the extra `[cli]`."""

@@ -117,11 +117,11 @@ class _Tally:
         for reason, count in self.reasons.most_common(3):
             say(f"{count:,} {'query' if count == 1 else 'queries'} failed: {reason}")
         if self.incomplete:
-            say(f"line {self.incomplete} of {self.source} is incomplete; the next run will rank it")
+            say(f"line {self.incomplete} of {self.source} is incomplete. The next run will rank it.")
 
 
 _Done = tuple[_Line, bool, int]
-"""A line of IN that OUT has, whether it failed, and where its line of OUT ends."""
+"""A line of IN that OUT has, whether it failed, and the end of its line of OUT in bytes."""
 
 
 def run(source: str, out: str, *, retry_errors: bool, text_field: str, title_field: str, **options: Any) -> int:
@@ -130,7 +130,7 @@ def run(source: str, out: str, *, retry_errors: bool, text_field: str, title_fie
     if out == "-":
         raise UsageError("OUT must be a file, so that a stopped run can resume")
     if retry_errors and not path.exists():
-        raise UsageError(f"{out} does not exist; run the command without --retry-errors first")
+        raise UsageError(f"{out} does not exist. Run the command without --retry-errors first")
     announce_input(source, "queries, one per line")
     with open_client(options) as client, open_binary(source) as stream, _lock(path, source):
         determining = client.options.model_dump(mode="json", include=set(_OPTIONS.split()))
@@ -175,7 +175,7 @@ def _resume(client: RegoloClient, path: Path, finished: Iterator[_Done], lines: 
             bar.update(task, advance=1, description=words)
     if failed:
         tally.failed += failed
-        say(f"{failed:,} queries failed in earlier runs; add --retry-errors to rank them again")
+        say(f"{failed:,} queries failed in earlier runs. Add --retry-errors to rank them again.")
 
 
 def _retry(client: RegoloClient, path: Path, finished: Iterator[_Done], tally: _Tally) -> None:
@@ -295,16 +295,16 @@ def _finished(path: Path, lines: Iterator[_Line], source: str, options: str) -> 
             entry = parse_object(raw.decode(errors="replace")) or {}
             digest, _, made_with = str(entry.get("digest")).partition("-")
             if not made_with:
-                raise InvalidInputError(f"{path}, line {number}: not written by this command; choose another OUT")
+                raise InvalidInputError(f"{path}, line {number}: `bulk` did not write it. Choose another OUT")
             if made_with != options:
-                advice = "repeat the command with the same options, or choose another OUT"
-                raise InvalidInputError(f"{path} was made with another server, model or other options; {advice}")
+                advice = "Repeat the command with the same options, or choose another OUT"
+                raise InvalidInputError(f"{path} was made with another server, model or other options. {advice}")
             line = next(lines, None)
             if line is None:
-                raise InvalidInputError(f"{source} has fewer lines than {path}; choose another OUT")
+                raise InvalidInputError(f"{source} has fewer lines than {path}. Choose another OUT")
             if digest != _digest(line.text):
                 change = f"{source}, line {line.number} has changed since it was ranked"
-                raise InvalidInputError(f"{change}; choose another OUT, or delete {path}")
+                raise InvalidInputError(f"{change}. Choose another OUT, or delete {path}")
             end += len(raw)
             yield line, "error" in entry, end
 
@@ -325,7 +325,7 @@ def _lock(path: Path, source: str) -> Iterator[None]:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} must be a file, so that a stopped run can resume")
         if source != "-" and path.exists() and path.samefile(source):
-            raise UsageError(f"{path} is the input too; choose another OUT")
+            raise UsageError(f"{path} is the input too. Choose another OUT")
         file = path.open("ab")
     except OSError as error:
         raise InvalidInputError(f"{error.filename}: {error.strerror}") from None

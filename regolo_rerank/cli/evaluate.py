@@ -94,7 +94,7 @@ def _write_results(result: "Evaluation", outputs: dict[str, Path]) -> Iterator[P
 
 
 def _variants(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options of each variant, and the values that distinguish it as its name."""
+    """Yield the options of each variant, and a name made of the values that distinguish it."""
     varied: Mapping[str, list[str]] = {name: options[name] for name in _VARIED if name in options}
     for values in product(*varied.values()):
         settings = dict(zip(varied, values, strict=True))

@@ -157,17 +157,17 @@ def _build_parsers() -> tuple[Parser, dict[str, Parser]]:
     rank.add_argument("--json", **json)
 
     bulk = add("bulk", "rank the documents of many queries, from a file into a file", _BULK)
-    bulk.add_argument("source", metavar="IN", help="queries as JSON Lines; - is standard input")
+    bulk.add_argument("source", metavar="IN", help="queries as JSON Lines (- is standard input)")
     bulk.add_argument("out", metavar="OUT", help="rankings as JSON Lines, one per query")
     bulk.add_argument("--retry-errors", action="store_true", default=False, help="rank only the failed queries again")
-    bulk.add_argument("--cache", metavar="DB", help="keep scores in this file; repeated pairs send no requests")
+    bulk.add_argument("--cache", metavar="DB", help="keep scores in this file, so repeated pairs send no requests")
 
     evaluate = add("evaluate", "measure reranking on queries with known relevant documents", _EVALUATE)
-    evaluate.add_argument("file", metavar="FILE", nargs="?", help="queries as JSON Lines; - is standard input")
+    evaluate.add_argument("file", metavar="FILE", nargs="?", help="queries as JSON Lines (- is standard input)")
     for flag, metavar, words in (
         ("--beir", "DIR", "folder with corpus.jsonl, queries.jsonl and qrels/*.tsv"),
         ("--split", "NAME", "qrels file of --beir (default: test)"),
-        ("--qrels", "FILE", "TREC qrels; needs --queries and --corpus"),
+        ("--qrels", "FILE", "TREC qrels (needs --queries and --corpus)"),
         ("--run", "FILE", "TREC run with the candidates (default: BM25's top 100)"),
         ("--queries", "FILE", "texts of the queries of --qrels"),
         ("--corpus", "FILE", "texts of the documents of --qrels"),
@@ -175,7 +175,7 @@ def _build_parsers() -> tuple[Parser, dict[str, Parser]]:
         ("--save-run", "FILE", "write a TREC run per variant"),
         ("--per-query", "FILE", "write one JSON line per query"),
         ("--picture", "FILE", "draw a chart, such as gain.png"),
-        ("--cache", "DB", "keep scores in this file; an interrupted run resumes"),
+        ("--cache", "DB", "keep scores in this file, so an interrupted run resumes"),
     ):
         evaluate.add_argument(flag, metavar=metavar, help=words)
     evaluate.add_argument("--json", **json)

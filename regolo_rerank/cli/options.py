@@ -144,7 +144,7 @@ def add_client(parser: Parser, *, fields: bool = False, results: bool = False, s
         parser.add_argument(flag, metavar=metavar, help=words, **settings)
 
     repeat: Any = {"action": "append"} if several else {}
-    more = "; repeat to compare" if several else ""
+    more = ". May be repeated" if several else ""
     if results:
         add("--top-n", "number of results (default: all)", type=_COUNT)
         words = "drop results with a lower score (default: keep all)"
@@ -165,7 +165,7 @@ def add_client(parser: Parser, *, fields: bool = False, results: bool = False, s
     add("--batch-size", "documents per request", type=_COUNT)
     add("--max-document-chars", "cut longer documents for scoring (default: no limit)", type=_COUNT)
     headers: Any = {"type": _read_header, "action": "append", "dest": "default_headers"}
-    add("--header", "additional HTTP header; repeat for more", "NAME:VALUE", **headers)
+    add("--header", "additional HTTP header, may be repeated", "NAME:VALUE", **headers)
     add("--extra-body", "additional fields of each request, as a JSON object", "JSON", type=_read_object)
     parser.add_argument("--allow-http", action="store_true", help="allow the key over plain http to another machine")
     parser.add_argument("--no-key", action="store_const", const="", dest="api_key", help="send no API key")

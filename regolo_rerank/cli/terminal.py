@@ -9,6 +9,8 @@ from rich.highlighter import JSONHighlighter
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from regolo_rerank.errors import InvalidInputError
+
 __all__ = ["announce_input", "clean", "err", "out", "print_json", "progress_bar", "say", "show"]
 
 
@@ -62,6 +64,12 @@ def progress_bar() -> Progress:
 
 
 def announce_input(file: str, what: str) -> None:
-    """Tell a person at a terminal that a command is waiting for input."""
+    """Tell a person at a terminal that a command is waiting for input.
+
+    Raises:
+        InvalidInputError: Standard input is closed.
+    """
+    if file == "-" and sys.stdin is None:
+        raise InvalidInputError("standard input is closed")
     if file == "-" and sys.stdin.isatty():
         say(f"Reading {what} from standard input. Press Ctrl-D to finish.")

@@ -90,7 +90,7 @@ def test_lines_that_are_no_query_are_errors_with_their_input(files: Files, at_st
     assert ["<Document>: t a score=0.5"] in at_stub.documents
     assert len(at_stub.received) == 2
     assert "Titles were scored in front of the texts" in done.err
-    assert f"line 8 of {files.source} is incomplete; the next run will rank it" in done.err
+    assert f"line 8 of {files.source} is incomplete. The next run will rank it." in done.err
 
 
 @pytest.mark.parametrize("content", [b"id,query\n1,cats\n", b'[\n{"query": "q"}\n]\n', "x".encode("utf-16")])
@@ -168,7 +168,7 @@ def test_an_out_of_something_else_is_rejected(
 def test_foreign_files_are_not_touched(files: Files, at_stub: Stub, run: Run) -> None:
     """OUT must be a file that this command wrote, and not IN."""
     files.out.write_text("precious\n")
-    assert "line 1: not written by this command" in run("bulk", *files).err
+    assert "line 1: `bulk` did not write it" in run("bulk", *files).err
     assert files.out.read_text() == "precious\n"
     assert "is the input too" in run("bulk", files.source, files.source).err
     assert "must be a file" in run("bulk", files.source, files.out.parent).err
@@ -185,7 +185,7 @@ def test_failed_queries_are_retried_in_place(files: Files, at_stub: Stub, run: R
     failed = files.rankings()[3]
     assert failed["input"] == query(3)
     assert failed["error"]["status_code"] == 400
-    assert "2 queries failed in earlier runs; add --retry-errors" in run("bulk", *files).err
+    assert "2 queries failed in earlier runs. Add --retry-errors" in run("bulk", *files).err
     at_stub.reply = failing(5)
     at_stub.received.clear()
     assert run("bulk", *files, "--retry-errors").status == 1

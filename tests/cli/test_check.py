@@ -98,6 +98,23 @@ def test_a_format_that_the_server_rejects_is_evidence(at_stub: Stub, run: Run) -
     assert "server_template Extra inputs are not permitted" in out
 
 
+def test_more_pairs_count_more_than_a_large_gap(at_stub: Stub, run: Run) -> None:
+    """The default ranks 8 of 12 pairs right with a large gap, and another format 12 with a small one."""
+
+    def answer(request: Received) -> Reply:
+        tagged = request.json["query"].startswith("<Instruct>")
+        good, bad = (0.9, 0.1) if tagged else (0.12, 0.1)
+        texts = [text.removeprefix("<Document>: ") for text in request.documents]
+        matching = [text for texts in list(MATCHING.values())[: 2 if tagged else 3] for text in texts]
+        return Reply(results(*((i, good if text in matching else bad) for i, text in enumerate(texts))))
+
+    at_stub.reply = answer
+    report = json.loads(run("check", "--json").out)
+    assert [report["formats"][name]["above"] for name in ("tagged", "documented")] == [8, 12]
+    assert report["formats"]["tagged"]["gap"] > report["formats"]["documented"]["gap"]
+    assert report["line"] == 'RegoloClient(prompt_format="documented")'
+
+
 def test_a_tie_keeps_the_default(at_stub: Stub, run: Run) -> None:
     """Another format with a slightly larger gap is not a finding."""
     at_stub.reply = tagged
@@ -118,6 +135,7 @@ def test_the_format_test_is_skipped_for_the_offline_scorer(run: Run) -> None:
 def test_rows_have_the_information_of_the_server(at_stub: Stub, run: Run) -> None:
     """Rows without information are left out, and so is the key."""
     headers = {"x-litellm-call-id": "call-1", "x-litellm-key-rpm-limit": "5", "x-litellm-response-cost": "0.001"}
+    headers["x-litellm-key-name"] = KEY
     at_stub.reply = lambda request: Reply(json.loads(concatenating(request).encoded()), headers=headers)
     out = run("check").out
     rows = dict(re.findall(r"(?m)^([\w ]{2,}?)  +(\S.*?) *$", out))

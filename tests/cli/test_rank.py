@@ -71,10 +71,12 @@ def test_results_that_are_left_out_are_explained(texts: Path, at_stub: Stub, run
     assert len(at_stub.received) == 2
 
 
-def test_empty_input_is_a_usage_error(tmp_path: Path, at_stub: Stub, run: Run) -> None:
+def test_empty_input_is_a_usage_error(tmp_path: Path, at_stub: Stub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty file is more often a mistake."""
     (tmp_path / "empty").write_text("\n")
     assert run("rank", "q", tmp_path / "empty") == (2, "", "regolo-rerank: no documents: the input is empty\n")
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("rank", "q") == (2, "", "regolo-rerank: standard input is closed\n")
     assert not at_stub.received
 
 
