@@ -1,0 +1,491 @@
+import copy
+import inspect
+import json
+import pickle
+import pydoc
+import re
+import warnings
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from regolo_rerank import InvalidInputError, MissingAPIKeyError, PromptFormat, RegoloClient, RerankWarning, SQLiteCache
+from regolo_rerank.langchain import RegoloRerank as LangChainReranker
+from regolo_rerank.llama_index import RegoloRerank as LlamaIndexReranker
+from regolo_rerank.options import Options, Settings, resolve
+from regolo_rerank.prompts import PRESETS
+from tests.unit.calls import KEY, cases
+
+ADAPTERS: list[Any] = [LangChainReranker, LlamaIndexReranker]
+ONLY_IN_ADAPTERS = {"on_error", "score_metadata_key"}
+ROOT = Path(__file__).parents[2]
+
+
+def scores_of(_query: str, documents: list[str]) -> list[float]:
+    """Score by length; at module level, so that it can be pickled."""
+    return [float(len(document)) for document in documents]
+
+
+def settings_of(*, is_async: bool = False, arguments: dict[str, Any] | None = None, **options: Any) -> Settings:
+    """Return the settings of a call with some options, on a server that needs no key."""
+    own = Options(**{"base_url": "https://rerank.example", **options})
+    return resolve(own, is_async=is_async, **(arguments or {}))
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("top_n", 0, r"must be greater than or equal to 1 \(None keeps all\), got 0$"),
+    ("top_n", -1, r"must be .*, got -1$"),
+    ("top_n", True, r"must be a valid integer, got True$"),
+    ("top_n", 2.0, r"must be a valid integer, got 2\.0$"),
+    ("top_n", "2", r"must be a valid integer, got '2'$"),
+    ("batch_size", 0, "must be greater than or equal to 1, got 0$"),
+    ("max_request_bytes", None, "must be a valid integer, got None$"),
+    ("max_concurrency", 0, "must be greater"),
+    ("max_retries", -1, "must be greater than or equal to 0, got -1$"),
+    ("max_document_chars", 0, "must be greater"),
+    ("timeout", 0, "must be greater than 0, got 0$"),
+    ("timeout", 1e10, "must be less than or equal to 1000000, got"),
+    ("timeout", None, "must be a valid number, got None$"),
+    ("timeout", float("inf"), "must be a finite number, got inf$"),
+    ("total_timeout", float("nan"), "must be a finite number, got nan$"),
+    ("total_timeout", "5", "must be a valid number, got '5'$"),
+    ("score_threshold", "0.5", "must be a valid number"),
+    ("score_threshold", float("nan"), "must be a finite number"),
+    ("model", " ", "must not be blank, got ' '$"),
+    ("model", None, "must be a valid string, got None$"),
+    ("instruction", 5, "must be a valid string, got 5$"),
+    ("allow_http", 1, "must be a valid boolean, got 1$"),
+    ("long_documents", "split ", "must be 'cut' or 'split', got 'split '$"),
+    ("prompt_format", "fancy", "must be 'auto', 'tagged', .* or 'plain', got 'fancy'$"),
+    ("prompt_format", 5, "must be a valid dictionary or instance of PromptFormat, got 5$"),
+    ("prompt_format", {"query": "x"}, r"the query template must contain \{query\} exactly once"),
+    ("prompt_format", {"query": "{query}", KEY: 1}, "Extra inputs are not permitted"),
+    ("base_url", "ftp://host", "must start with https://"),
+    ("base_url", f"https://:{KEY}@host", "must not contain a user, password or fragment; pass the key as api_key$"),
+    ("base_url", 5, "must be a valid string$"),
+    ("api_key", 5, "must be a string$"),
+    ("api_key", f"Bearer {KEY}", "must be the key itself, without 'Bearer ' and without quotes$"),
+    ("api_key", f"'{KEY}'", "must be the key itself"),
+    ("api_key", f"{KEY}\nx", "contains a space, control or non-ASCII character at position 14$"),
+    ("api_key", f"{KEY}\u2013x", "contains a space, control or non-ASCII character at position 14$"),
+    ("api_key", SecretStr(f"{KEY} x"), "contains a space"),
+    ("api_key", "Qwen3-Reranker-4B", r"looks like a model name; pass it as model=\.\.\.$"),
+    ("api_key", "BAAI/bge-reranker-v2-m3", "looks like a model name"),
+    ("default_headers", {"Authorization": f"Bearer {KEY}"}, "must not contain Authorization; pass the key as api_key$"),
+    ("default_headers", {"proxy-authorization": KEY}, "must not contain proxy-authorization"),
+    ("default_headers", {"Content-Length": "3"}, "must not contain Content-Length, which the client sets itself$"),
+    ("default_headers", {"x y": KEY}, "must be printable ASCII"),
+    ("default_headers", {"x": "a\nb"}, "must be printable ASCII"),
+    ("default_headers", {"x": "a\t"}, "must be printable ASCII"),
+    ("default_headers", {"x": 1}, "must be a valid string$"),
+    ("extra_body", {"query": KEY, "top_n": 1}, "must not contain query, top_n; pass it as the argument of that name$"),
+    ("extra_body", {"x": float("inf")}, "must be plain JSON"),
+    ("extra_body", {"x": object()}, "must be plain JSON"),
+    ("extra_body", [KEY], "must be a valid dictionary$"),
+    ("cache", 5, "must be a path or a mutable mapping, such as a dict, got 5$"),
+    ("cache", dict, "must be a path or a mutable mapping, such as a dict, got type$"),
+    ("cache", [1], "must be a path or a mutable mapping, such as a dict, got list$"),
+    ("scorer", 5, "must be callable, got 5$"),
+    ("http_client", "x", "must be an httpx.Client, got 'x'$"),
+    ("http_client", httpx.AsyncClient(), "must be an httpx.Client, got httpx.AsyncClient$"),
+    ("async_http_client", httpx.Client(), "must be an httpx.AsyncClient, got httpx.Client$"),
+    ("apikey", KEY, "unknown option; did you mean api_key\\?$"),
+    ("cohere_api_key", KEY, "unknown option; did you mean api_key\\?$"),
+    ("top_k", 5, "unknown option; did you mean top_n\\?$"),
+    ("k", 5, "unknown option; did you mean top_n\\?$"),
+    ("model_name", KEY, "unknown option; did you mean model\\?$"),
+    ("max_length", 5, "unknown option; did you mean max_document_chars\\? It counts characters, not tokens$"),
+    ("device", "cuda", "unknown option; the model runs on the server; leave it out$"),
+    ("llm", object(), "unknown option; the server runs the model; pass its name as model$"),
+    ("batchsize", 5, "unknown option; did you mean batch_size\\?$"),
+    ("zork", KEY, "unknown option$"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=str)
+@pytest.mark.parametrize("how", ["options", "with_options", "call", "assignment", "langchain", "llama_index"])
+def test_a_wrong_option_is_rejected_by_name(how: str, name: str, value: Any, message: str) -> None:
+    """The message names the option and shows its value, unless that may be a key; nothing is changed."""
+    client = RegoloClient()
+    ways: dict[str, Any] = {
+        "options": Options,
+        "with_options": client.with_options,
+        "call": partial(resolve, client.options, is_async=False),
+        "assignment": lambda **option: setattr(client.options, *option.popitem()),
+        "langchain": LangChainReranker,
+        "llama_index": LlamaIndexReranker,
+    }
+    if how == "call" and value is None:
+        return  # which leaves the option as it is
+    with pytest.raises(InvalidInputError) as caught:
+        ways[how](**{name: value})
+    assert re.match(f"{name}: {message}", str(caught.value)), str(caught.value)
+    assert KEY not in f"{caught.value!r} {vars(caught.value)}"
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert client.options == Options()
+
+
+def test_every_wrong_option_is_named() -> None:
+    """A constructor names all problems at once, and a long value by its length."""
+    with pytest.raises(InvalidInputError, match=r"^model: must not be blank, got ''; top_n: .*, got -5; k: unk"):
+        Options(model="", top_n=-5, k=3)
+    with pytest.raises(InvalidInputError, match="got str of 61 characters"):
+        Options(batch_size="x" * 61)
+    with pytest.raises(InvalidInputError, match=r"got numpy\.ndarray"):
+        Options(batch_size=np.zeros(2))
+    with pytest.raises(TypeError, match="top_k"):
+        RegoloClient(top_k=5)  # type: ignore[call-arg]
+
+
+class Shy:
+    """Shows a key to everyone who prints it."""
+
+    def __repr__(self) -> str:
+        return KEY
+
+
+SAMPLES = st.sampled_from(
+    [
+        *(KEY, KEY.encode(), SecretStr(KEY), SecretStr(f"{KEY}\n"), f"{KEY}é", Shy(), Shy, ValueError(KEY), {KEY}),
+        *(f"https://{KEY}@h", f"https://[{KEY}]", f"http://h#{KEY}", f"local://{KEY}", [Shy()], {"x": [KEY, Shy()]}),
+        *({"x": Shy()}, {"authorization": KEY}, {"query": KEY}, {"document": KEY}, {"x": KEY}, {KEY: Shy()}),
+        *(0, -1, 1, 2**63, 10**400, 1e308, -0.0, Decimal(1), 1j, None, True, ..., len, range(3)),
+        *("", " ", "auto", "chat", "raise", "local://", "http://", "https://[::1", "//", np.int64(3), np.float32(2)),
+    ]
+)
+
+
+@pytest.mark.parametrize("kind", [Options, *ADAPTERS])
+def test_any_value_is_accepted_or_rejected_by_name(kind: Any) -> None:
+    """No value of any option raises another error, or shows a key."""
+
+    @cases(150)
+    @given(st.sampled_from([*kind.model_fields, "zork"]), SAMPLES, st.booleans())
+    def holds(name: str, value: Any, is_assigned: bool) -> None:
+        if name in {"cache", "callback_manager"}:  # a path opens a file, and LlamaIndex checks its own
+            return
+        options = kind()
+        try:
+            if is_assigned:
+                setattr(options, name, value)
+            else:
+                options = kind(**{name: value})
+        except InvalidInputError as error:
+            message = str(error)
+            assert message.startswith(f"{name}: ")
+            assert KEY not in message or name not in {"api_key", "base_url", "default_headers", "extra_body", "zork"}
+        else:
+            assert name != "zork"
+            assert name != "api_key" or KEY not in repr(options)
+
+    holds()
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.uint8(3)])
+def test_integers_of_numpy_are_integers(number: Any) -> None:
+    """They become Python's, so that they can be sent as JSON."""
+    options = Options(top_n=number, batch_size=number, max_retries=number)
+    assert [type(value) for value in (options.top_n, options.batch_size, options.max_retries)] == [int] * 3
+    assert type(settings_of(arguments={"top_n": number}).options.top_n) is int
+
+
+def test_values_are_the_options_own() -> None:
+    """A dict that the caller goes on changing changes no option; header names are in lower case; keys are stripped."""
+    extra: dict[str, Any] = {"x": {"y": [1]}}
+    headers = {"X-Team": "search"}
+    options = Options(extra_body=extra, default_headers=headers, api_key=f" {KEY}\n", base_url=" https://h ")
+    extra["x"]["y"].append(2)
+    headers["x"] = "y"
+    assert (options.extra_body, options.default_headers) == ({"x": {"y": [1]}}, {"x-team": "search"})
+    assert options.api_key == SecretStr(KEY)
+    assert options.base_url == "https://h"
+
+
+def test_a_path_opens_a_cache(tmp_path: Path) -> None:
+    """A string or path is a file, and a mapping is used as it is, also if it is empty."""
+    mine: dict[str, float] = {}
+    assert Options(cache=mine).cache is mine
+    for path in (tmp_path / "a.db", str(tmp_path / "b.db")):
+        opened = Options(cache=path).cache
+        assert isinstance(opened, SQLiteCache)
+        assert opened.path == str(path)
+        opened.close()
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def full_options(**changes: Any) -> dict[str, Any]:
+    """Return options of many kinds."""
+    return {"api_key": KEY, "top_n": 3, "prompt_format": PromptFormat(document="D {document}"), **changes}
+
+
+@pytest.mark.parametrize("kind", [Options, RegoloClient, *ADAPTERS])
+def test_a_pickle_has_the_options_without_the_key(kind: Any) -> None:
+    """Key, cache and HTTP clients stay here; "" is no key but a decision, and is kept."""
+    with httpx.Client() as mine:
+        original = kind(**full_options(http_client=mine, cache={}, scorer=scores_of, base_url="local://"))
+        data = pickle.dumps(original)
+    assert KEY.encode() not in data
+    restored = pickle.loads(data)  # noqa: S301 - our own bytes
+    assert type(restored) is kind
+    options = getattr(restored, "options", restored)
+    assert (options.top_n, options.scorer, options.api_key) == (3, scores_of, None)
+    assert (options.http_client, options.cache) == (None, None)
+    assert options.prompt_format.document == "D {document}"
+    assert "timeout" not in options.model_fields_set
+    keyless = pickle.loads(pickle.dumps(kind(api_key="")))  # noqa: S301 - our own bytes
+    assert getattr(keyless, "options", keyless).api_key == SecretStr("")
+
+
+@pytest.mark.parametrize("kind", [Options, RegoloClient, *ADAPTERS])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_values_and_not_options(kind: Any, duplicate: Any) -> None:
+    """A copy can be used at once, and its options can be changed without a change of the original."""
+    with httpx.Client() as mine:
+        cache: dict[str, float] = {}
+        original = kind(**full_options(http_client=mine, cache=cache))
+        copied = duplicate(original)
+        options, before = getattr(copied, "options", copied), getattr(original, "options", original)
+        assert (options.http_client, options.api_key, options.top_n) == (mine, SecretStr(KEY), 3)
+        assert options.cache is cache
+        options.top_n = 1
+        assert before.top_n == 3
+
+
+@pytest.mark.parametrize("kind", [Options, *ADAPTERS])
+def test_no_dump_or_repr_shows_the_key(kind: Any) -> None:
+    """A dump is plain JSON, and makes the same options again."""
+    options = kind(**full_options(default_headers={"x-tag": "a"}, cache={}, http_client=httpx.Client()))
+    dump = options.model_dump(exclude={"callback_manager"})
+    assert (dump["api_key"], kind(api_key="").model_dump()["api_key"]) == (None, "")
+    assert not dump.keys() & {"http_client", "async_http_client", "scorer", "cache"}
+    assert KEY not in f"{options!r} {options} {dump} {json.dumps(dump)} {RegoloClient(KEY)!r} {vars(options)}"
+    assert kind(**dump).model_dump(exclude={"callback_manager"}) == dump
+    assert "api_key" in Options.model_json_schema()["properties"]
+
+
+# --- settings of a call -----------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_a_call_win_and_none_does_not() -> None:
+    """The options themselves stay as they are, and later assignments do not reach a call that has begun."""
+    options = Options(base_url="https://rerank.example", top_n=3, model="a", extra_body={"x": 1})
+    settings = resolve(options, is_async=False, top_n=1, model=None, extra_body={"y": 2})
+    options.model, options.top_n = "later", 9
+    assert (settings.options.top_n, settings.options.model, settings.fields) == (1, "a", {"y": 2})
+    assert (options.top_n, options.extra_body) == (9, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "environment", "key"),
+    [(f" {KEY}\n", None, KEY), (None, f" {KEY}\n", KEY), ("a", "b", "a"), ("", "b", None), (None, None, None)],
+)
+def test_the_key_is_that_of_the_option_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, option: str | None, environment: str | None, key: str | None
+) -> None:
+    """The environment is read at each call; "" sends no key."""
+    options = Options(api_key=option, base_url="https://rerank.example")
+    if environment is not None:
+        monkeypatch.setenv("REGOLO_API_KEY", environment)
+    assert resolve(options, is_async=False).key == (None if key is None else SecretStr(key))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("REGOLO_API_KEY", f"Bearer {KEY}", "REGOLO_API_KEY: must be the key itself"),
+        ("REGOLO_API_KEY", f"{KEY}\n{KEY}", "REGOLO_API_KEY: contains a space, control .* position 14$"),
+        ("REGOLO_API_KEY", "Qwen3-Reranker-4B", "REGOLO_API_KEY: looks like a model name"),
+        ("REGOLO_BASE_URL", "ftp://x", "REGOLO_BASE_URL: must start with"),
+        ("REGOLO_BASE_URL", f"https://u:{KEY}@h", "REGOLO_BASE_URL: must not contain a user"),
+    ],
+)
+def test_a_wrong_environment_is_rejected_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    """The message names the variable and shows no key."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInputError, match=f"^{message}") as caught:
+        resolve(Options(**({"base_url": "https://h"} if name == "REGOLO_API_KEY" else {})), is_async=False)
+    assert KEY not in f"{caught.value!r} {caught.value.__context__!r}"
+
+
+def test_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, and if it is blank, the server is Regolo's own, which needs a key and is asked for no substitutes."""
+    options = Options(api_key=KEY)
+    for value in ("", " "):
+        monkeypatch.setenv("REGOLO_BASE_URL", value)
+        settings = resolve(options, is_async=False)
+        assert settings.endpoint.url == "https://api.regolo.ai/rerank"
+        assert settings.fields == {"disable_fallbacks": True}
+    monkeypatch.setenv("REGOLO_BASE_URL", " https://rerank.example/v1 ")
+    settings = resolve(options, is_async=False)
+    assert (settings.endpoint.url, settings.fields) == ("https://rerank.example/v1/rerank", {})
+    assert settings_of(
+        base_url="https://api.regolo.ai", api_key="k", extra_body={"disable_fallbacks": False}
+    ).fields == {"disable_fallbacks": False}
+
+
+def test_without_a_key_the_error_names_both_ways_out() -> None:
+    """Only Regolo's own service always requires one."""
+    for api_key in (None, ""):
+        with pytest.raises(MissingAPIKeyError, match=r"for eu\.regolo\.ai: .* REGOLO_API_KEY .*base_url='local://'"):
+            settings_of(base_url="https://eu.regolo.ai/v1", api_key=api_key)
+    assert settings_of(base_url="https://notregolo.ai").key is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "local://", "http_client": httpx.Client()}, "http_client: local:// sends nothing"),
+        ({"base_url": "local://", "async_http_client": httpx.AsyncClient()}, "http_client: local:// sends nothing"),
+        ({"scorer": scores_of}, "scorer: needs base_url='local://', got rerank.example"),
+        ({"base_url": "local://", "scorer": scores_of, "cache": {}}, "cache: cannot tell the scores of two scorers"),
+        (
+            {"base_url": "http://10.0.0.1", "api_key": KEY},
+            "base_url: would send the API key to 10.0.0.1 over plain http",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_rejected(options: dict[str, Any], message: str) -> None:
+    """An option that would have no effect, or send the key in the open, is an error of the call."""
+    with pytest.raises(InvalidInputError, match=f"^{re.escape(message)}"):
+        settings_of(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"allow_http": True}, {"api_key": ""}, {"base_url": "http://localhost:1"}, {"base_url": "http://127.0.0.1"}],
+)
+def test_plain_http_is_allowed_on_request_and_on_this_machine(options: dict[str, Any]) -> None:
+    """Nothing is readable by others then, or the caller has accepted it."""
+    settings_of(**{"base_url": "http://10.0.0.1", "api_key": KEY, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "sync_timeout", "async_timeout"),
+    [
+        ({}, 60.0, 60.0),
+        ({"http_client": httpx.Client()}, None, 60.0),
+        ({"async_http_client": httpx.AsyncClient()}, 60.0, None),
+        ({"http_client": httpx.Client(), "timeout": 60.0}, 60.0, 60.0),
+        ({"base_url": "local://"}, None, None),
+    ],
+)
+def test_a_timeout_that_is_given_applies_to_the_callers_client(
+    options: dict[str, Any], sync_timeout: float | None, async_timeout: float | None
+) -> None:
+    """The default does not, because that client has timeouts of its own; the client and its options agree."""
+    assert settings_of(**options).timeout == sync_timeout
+    assert settings_of(**options, is_async=True).timeout == async_timeout
+    options = {"base_url": "https://rerank.example", **options}
+    for is_async, timeout in ((False, sync_timeout), (True, async_timeout)):
+        assert resolve(RegoloClient(**options).options, is_async=is_async).timeout == timeout
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "fields"),
+    [
+        ({}, "tagged", {}),
+        ({"model": "bge"}, "plain", {}),
+        ({"prompt_format": "chat", "model": "bge"}, "chat", {}),
+        ({"base_url": "local://"}, "plain", {}),
+        ({"base_url": "local://", "prompt_format": "tagged"}, "tagged", {}),
+        ({"prompt_format": "server_template", "instruction": "i <|"}, "server_template", {"instruction": "i < |"}),
+        (
+            {"prompt_format": "server_template", "instruction": "i", "extra_body": {"instruction": "j"}},
+            "server_template",
+            {"instruction": "j"},
+        ),
+    ],
+)
+def test_the_prompt_format_and_its_fields(options: dict[str, Any], name: str, fields: dict[str, Any]) -> None:
+    """Auto goes by the model, and the offline scorer gets plain text; extra_body has the last word."""
+    settings = settings_of(**options)
+    assert settings.prompt_format is PRESETS[name]
+    assert settings.fields == fields
+    own = PromptFormat(query="Q {query}")
+    assert settings_of(prompt_format=own).prompt_format == own
+
+
+@pytest.mark.parametrize(("options", "warns"), [({"model": "bge"}, True), ({}, False), ({"instruction": None}, False)])
+def test_an_instruction_without_a_place_is_a_warning(options: dict[str, Any], *, warns: bool) -> None:
+    """An option that is given is honoured, or the caller hears about it."""
+    given = {"instruction": "Find recipes", **options}
+    if given["instruction"] is None:
+        given = {"model": "bge"}
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        settings_of(**given)
+    assert [warning.category for warning in caught] == [RerankWarning] * warns
+    assert [warning.filename for warning in caught] == [__file__] * warns
+
+
+# --- one list of options ----------------------------------------------------------------------------------------------
+
+
+def defaults_of(model: Any) -> dict[str, Any]:
+    """Return name and default of each option of a model."""
+    return {name: field.default for name, field in model.model_fields.items()}
+
+
+def test_client_and_options_have_the_same_names_and_defaults() -> None:
+    """The constructor, its docstring and `Options` list the same options in the same order."""
+    parameters = list(inspect.signature(RegoloClient).parameters.values())
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    assert defaults == defaults_of(Options)
+    assert [parameter.name for parameter in parameters] == list(Options.model_fields)
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    documented = re.findall(r"(?m)^        (\w+): ", RegoloClient.__doc__ or "")
+    assert [name for name in documented if name in Options.model_fields] == list(Options.model_fields)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_have_the_clients_options(adapter: Any) -> None:
+    """Only the default of top_n differs."""
+    shared = {name: default for name, default in defaults_of(adapter).items() if name in Options.model_fields}
+    assert shared == {**defaults_of(Options), "top_n": 5}
+    assert ONLY_IN_ADAPTERS <= adapter.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_tables_of_options_have_the_real_defaults(path: Path) -> None:
+    """A table that lists `total_timeout` lists every option, with its default."""
+    rows = dict(re.findall(r"(?m)^\| (`\w+`(?:, `\w+`)*) \| ([^|]*?) \|", path.read_text("utf-8")))
+    defaults = {name: default for names, default in rows.items() for name in re.findall(r"\w+", names)}
+    if "total_timeout" not in defaults:
+        return
+    assert defaults.keys() >= {*Options.model_fields, *ONLY_IN_ADAPTERS}
+    shown = {name: re.findall(r"`([^`]*)`", default) for name, default in defaults.items()}
+    for name, default in {**defaults_of(LangChainReranker), **defaults_of(Options)}.items():
+        if shown.get(name):
+            assert shown[name][-1].replace("_", "").replace("'", '"') in json_of(default), name
+
+
+def json_of(default: Any) -> set[str]:
+    """Return how a default may be written."""
+    return {repr(default).replace("_", "").replace("'", '"'), f"{default:g}" if isinstance(default, float) else ""}
+
+
+def test_the_client_shows_what_it_can() -> None:
+    """`dir` lists the public methods and little else, and `help` prints the docstring."""
+    methods = {"rerank", "score", "rerank_many", "close"}
+    public = {name for name in dir(RegoloClient()) if not name.startswith("_")}
+    assert public == methods | {f"a{name}" for name in methods} | {"options", "with_options"}
+    text = re.sub(r".\x08", "", pydoc.render_doc(RegoloClient))  # bold letters are written twice
+    for name in [*public, *Options.model_fields]:
+        assert name in text
+    assert all(getattr(RegoloClient, name).__doc__ for name in public)
+    assert get_type_hints(RegoloClient.options.fget)["return"] is Options  # type: ignore[attr-defined]
