@@ -1,10 +1,8 @@
 import asyncio
-import json
 import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +60,8 @@ def test_a_scorer_replaces_the_offline_one(call: Call) -> None:
         return scores
 
     response = call(RegoloClient(base_url="local://", scorer=scorer).rerank, QUERY, ["c 9", "a <|1", " ", "b 5"])
-    assert [(result.document, result.relevance_score) for result in response] == [
-        ("c 9", 9.0),
-        ("b 5", 5.0),
-        ("a <|1", 1.0),
-        (" ", 0.0),
-    ]
+    ranked = [("c 9", 9.0), ("b 5", 5.0), ("a <|1", 1.0), (" ", 0.0)]
+    assert [(result.document, result.relevance_score) for result in response] == ranked
     assert seen == [(QUERY, ["c 9", "a <|1", "b 5"])]
 
 
@@ -109,7 +103,7 @@ def test_a_scorer_that_fails_is_named_and_not_retried(call: Call, scorer: Any, m
     assert len(calls) == (scorer is not is_async)
 
 
-def test_a_scorer_may_take_longer_than_timeout(call: Call) -> None:
+def test_a_scorer_may_take_longer_than_timeout() -> None:
     """`timeout` is for servers; the event loop goes on meanwhile."""
     goes_on = threading.Event()
 
@@ -117,19 +111,14 @@ def test_a_scorer_may_take_longer_than_timeout(call: Call) -> None:
         assert goes_on.wait(20)
         return [0.0] * len(documents)
 
-    client = RegoloClient(base_url="local://", scorer=slow, timeout=0.001)
-    if call.mode == "sync":
-        threading.Timer(0.05, goes_on.set).start()
-        assert len(client.rerank(QUERY, DOCUMENTS)) == 4
-    else:
+    async def main() -> int:
+        client = RegoloClient(base_url="local://", scorer=slow, timeout=0.001)
+        ranking = asyncio.create_task(client.arerank(QUERY, DOCUMENTS))
+        await asyncio.sleep(0.05)
+        goes_on.set()
+        return len(await ranking)
 
-        async def both() -> int:
-            ranking = asyncio.create_task(client.arerank(QUERY, DOCUMENTS))
-            await asyncio.sleep(0.05)
-            goes_on.set()
-            return len(await ranking)
-
-        assert asyncio.run(both()) == 4
+    assert asyncio.run(main()) == 4
 
 
 # --- the offline scorer -----------------------------------------------------------------------------------------------
@@ -140,10 +129,7 @@ def test_a_scorer_may_take_longer_than_timeout(call: Call) -> None:
     [
         (QUERY, ["Beijing is the capital of China.", "Rome is the capital of Italy.", "pizza", ""]),
         ("cheese and tomato on dough", ["pizza", "Rome is the capital of Italy."]),
-        (
-            "Qual è la capitale della Cina?",
-            ["Pechino è la capitale della Cina.", "Roma è la capitale d'Italia.", "gatto"],
-        ),
+        ("La capitale della Cina?", ["Pechino è la capitale della Cina.", "Roma è la capitale d'Italia.", "gatto"]),
         ("my car won't start", ["The battery of a vehicle may be flat.", "Sugar turns amber at 170 degrees."]),
     ],
 )
@@ -239,10 +225,3 @@ def test_without_its_packages_the_error_says_what_to_install(tmp_path: Path) -> 
     assert message.startswith("base_url: local:// needs WordLlama: ")
     assert "[local]" in message
     assert message.endswith("; or pass a scorer")
-
-
-def test_threads_score_at_the_same_time() -> None:
-    """Calls from several threads give the same scores as one after the other."""
-    with ThreadPoolExecutor(8) as threads:
-        scores = list(threads.map(lambda _: json.dumps(local_scores(QUERY, DOCUMENTS)), range(16)))
-    assert set(scores) == {json.dumps(local_scores(QUERY, DOCUMENTS))}

@@ -279,48 +279,25 @@ def test_a_failure_of_a_call_that_has_ended_is_ignored(loop: Loop, outcome: Repl
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 
-def test_each_attempt_is_logged(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_attempt_is_logged(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """Replies are DEBUG and retries WARNING, with status, request id, attempt and seconds as fields."""
     caplog.set_level("DEBUG", "regolo_rerank")
+    loop = Loop(clock)
     loop.run(DOWN, PARALLEL, APIConnectionError("reset"), GOOD)
     records: list[Any] = caplog.records
     debug = [record for record in records if record.levelno == logging.DEBUG]
     warnings = [record for record in records if record.levelno == logging.WARNING]
     assert debug[0].getMessage() == "POST https://rerank.example/rerank: 1 documents, status 503"
-    assert [(record.status, record.request_id, record.seconds) for record in debug] == [
-        (503, "call-1", 0.01),
-        (429, None, 0.01),
-        (200, None, 0.01),
-    ]
-    assert [(record.status, record.request_id, record.attempt) for record in warnings] == [
-        (503, "call-1", 1),
-        (429, None, 2),
-        (None, None, 3),
-    ]
+    ids = [(503, "call-1"), (429, None), (200, None)]
+    assert [(record.status, record.request_id, record.seconds) for record in debug] == [(*each, 0.01) for each in ids]
+    retried = [(503, "call-1", 1), (429, None, 2), (None, None, 3)]
+    assert [(record.status, record.request_id, record.attempt) for record in warnings] == retried
     assert [record.seconds for record in warnings] == loop.slept
     assert warnings[0].getMessage() == (
         f"Attempt 1 failed, next in {loop.slept[0]:.2f} s: ServerError: down [HTTP 503, request call-1]"
     )
     assert {record.name for record in records} == {"regolo_rerank"}
     assert KEY not in caplog.text
-
-
-def test_the_last_failure_is_raised_and_not_logged(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """Who catches the error decides whether it is logged."""
-    Loop(clock, max_retries=0).fail(DOWN)
-    assert caplog.records == []
-
-
-def test_a_loop_belongs_to_one_batch(clock: Clock) -> None:
-    """A call with two batches is done when both are accepted."""
-    call = begin(["a", "b"], batch_size=1)
-    for position, batch in enumerate(call.batches):
-        assert not call.is_done
-        steps = attempts(call, batch, Pause())
-        sent = next(steps)
-        assert isinstance(sent, Send)
-        assert json.loads(sent.body)["documents"] == ["ab"[position]]
-        with pytest.raises(StopIteration):
-            steps.send(GOOD)
-    assert call.is_done
-    assert clock.now == 1_000.0
+    caplog.clear()
+    Loop(clock, max_retries=0).fail(reply_of("", 400))
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]  # the last failure is raised instead
