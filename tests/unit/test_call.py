@@ -16,7 +16,6 @@ from regolo_rerank import (
     ContextLengthError,
     InvalidInputError,
     PromptFormat,
-    RegoloError,
     RerankResponse,
     RerankWarning,
     ServerError,
@@ -221,14 +220,10 @@ def test_a_request_has_the_fields_of_the_settings() -> None:
     """Model, query, documents and top_n win over every other field."""
     own = PromptFormat(query="Q {query}", document="D {document}", instruction_field="task")
     call = begin(["a"], prompt_format=own, model="m", instruction="i", extra_body={"user": {"id": 1}})
-    assert request_of(call, call.batches[0]) == {
-        "task": "i",
-        "user": {"id": 1},
-        "model": "m",
-        "query": "Q q",
-        "documents": ["D a"],
-        "top_n": 1,
-    }
+    ours = {"model": "m", "query": "Q q", "documents": ["D a"], "top_n": 1}
+    assert request_of(call, call.batches[0]) == {"task": "i", "user": {"id": 1}, **ours}
+    call.settings.fields["model"] = "other"
+    assert request_of(call, call.batches[0])["model"] == "m"
 
 
 def test_blank_documents_rank_last_and_pass_no_threshold() -> None:
@@ -300,53 +295,40 @@ def test_with_top_n_a_reply_may_be_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("echoes", "problem"),
-    [
-        (["D: a", "D: b"], None),
-        (["a", "b"], None),
-        ([None, None], None),
-        ([None, "D: b"], None),
-        (["", "D: B"], None),
-        (["something else", "D: …"], None),
-        (["D: b", "D: a"], "document 0 comes back with the text of document 1"),
-        ([None, "D: a"], "document 1 comes back with the text of document 0"),
-    ],
+    "echoes", [["D: a", "D: b"], ["a", "b"], [None, None], [None, "D: b"], ["", "D: B"], ["x", "…"]]
 )
-def test_an_echo_must_not_be_another_document(echoes: list[str | None], problem: str | None) -> None:
+def test_an_echo_may_be_anything_but_another_document(echoes: list[str | None]) -> None:
     """A server may cut or change an echo, but the text of another document means that scores are mixed up."""
     call = begin(["a", "b"], prompt_format=PromptFormat(document="D: {document}"))
+    (batch,) = call.batches
     results = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
-    if problem is None:
-        call.accept(call.batches[0], reply_of({"results": results}))
-        assert call.is_done
-    else:
+    call.accept(batch, reply_of({"results": results}))
+    assert call.is_done
+    for wrong, problem in ((1, "document 1 comes back with the text of document 0"), (0, "document 0 .* document 1")):
+        results[wrong]["document"] = f"D: {'ba'[wrong]}"
         with pytest.raises(APIResponseError, match=problem):
-            call.accept(call.batches[0], reply_of({"results": results}))
+            call.accept(batch, reply_of({"results": results}))
 
 
 @pytest.mark.parametrize(
-    ("query", "options", "advice"),
+    ("query", "options", "longest"),
     [
-        ("q" * 40, {}, "the longest text is the query with 40 characters: shorten it"),
+        ("q" * 40, {}, "the query with 40 characters: shorten it"),
         (
             "q" * 40,
             {"instruction": "i" * 50, "prompt_format": "tagged"},
-            "the longest text is the instruction with 50 characters: shorten it",
+            "the instruction with 50 characters: shorten it",
         ),
-        ("q" * 40, {"max_document_chars": 20}, "the longest text is the query with 40"),
-        (
-            "q",
-            {},
-            r"the longest text is documents\[2\] with 30 characters: set max_document_chars, and long_documents=",
-        ),
-        ("q", {"max_document_chars": 20}, r"the longest text is documents\[2\] with 30 characters"),
-        ("q", {"max_document_chars": 20, "long_documents": "split"}, r"the longest text is documents\[2\]"),
+        ("q" * 40, {"max_document_chars": 20}, "the query with 40"),
+        ("q", {}, r"documents\[2\] with 30 characters: set max_document_chars, and long_documents="),
+        ("q", {"max_document_chars": 20}, r"documents\[2\] with 30 characters"),
+        ("q", {"max_document_chars": 20, "long_documents": "split"}, r"documents\[2\] with 30"),
     ],
 )
-def test_over_the_context_length_the_longest_text_is_named(query: str, options: dict[str, Any], advice: str) -> None:
+def test_over_the_context_length_the_longest_text_is_named(query: str, options: dict[str, Any], longest: str) -> None:
     """The error keeps the server's message, and adds which text to shorten and the option that helps."""
     call = begin(["a", "", "b" * 30, "c"], query, **options)
-    with pytest.raises(ContextLengthError, match=rf"maximum context length is 8 \[HTTP 400\]; {advice}"):
+    with pytest.raises(ContextLengthError, match=rf"length is 8 \[HTTP 400\]; the longest text is {longest}"):
         call.accept(call.batches[0], reply_of({"error": "maximum context length is 8"}, 400))
 
 
@@ -451,11 +433,3 @@ def test_total_timeout_counts_from_the_first_request(clock: Clock) -> None:
     endless = begin(["a"], total_timeout=None)
     endless.start()
     assert endless.seconds_left() is None
-
-
-def test_an_error_of_a_reply_leaves_the_call_open() -> None:
-    """A status outside 2xx is raised, and the retry loop decides what comes next."""
-    call = begin(["a"])
-    with pytest.raises(RegoloError, match="HTTP 503"):
-        call.accept(call.batches[0], reply_of("", 503))
-    assert not call.is_done

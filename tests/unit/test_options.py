@@ -1,3 +1,4 @@
+import ast
 import copy
 import inspect
 import json
@@ -141,8 +142,6 @@ def test_every_wrong_option_is_named() -> None:
         Options(model="", top_n=-5, k=3)
     with pytest.raises(InvalidInputError, match="got str of 61 characters"):
         Options(batch_size="x" * 61)
-    with pytest.raises(InvalidInputError, match=r"got numpy\.ndarray"):
-        Options(batch_size=np.zeros(2))
     with pytest.raises(TypeError, match="top_k"):
         RegoloClient(top_k=5)  # type: ignore[call-arg]
 
@@ -191,12 +190,13 @@ def test_any_value_is_accepted_or_rejected_by_name(kind: Any) -> None:
     holds()
 
 
-@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.uint8(3)])
-def test_integers_of_numpy_are_integers(number: Any) -> None:
-    """They become Python's, so that they can be sent as JSON."""
-    options = Options(top_n=number, batch_size=number, max_retries=number)
-    assert [type(value) for value in (options.top_n, options.batch_size, options.max_retries)] == [int] * 3
-    assert type(settings_of(arguments={"top_n": number}).options.top_n) is int
+def test_integers_of_numpy_are_integers() -> None:
+    """They become Python's, so that they can be sent as JSON; other arrays are rejected like any wrong value."""
+    for number in (np.int64(3), np.int32(3), np.uint8(3)):
+        options = settings_of(batch_size=number, max_retries=number, arguments={"top_n": number}).options
+        assert [type(value) for value in (options.top_n, options.batch_size, options.max_retries)] == [int] * 3
+    with pytest.raises(InvalidInputError, match=r"got numpy\.ndarray"):
+        Options(batch_size=np.zeros(2))
 
 
 def test_values_are_the_options_own() -> None:
@@ -252,15 +252,14 @@ def test_a_pickle_has_the_options_without_the_key(kind: Any) -> None:
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_a_copy_shares_values_and_not_options(kind: Any, duplicate: Any) -> None:
     """A copy can be used at once, and its options can be changed without a change of the original."""
-    with httpx.Client() as mine:
-        cache: dict[str, float] = {}
-        original = kind(**full_options(http_client=mine, cache=cache))
-        copied = duplicate(original)
-        options, before = getattr(copied, "options", copied), getattr(original, "options", original)
-        assert (options.http_client, options.api_key, options.top_n) == (mine, SecretStr(KEY), 3)
-        assert options.cache is cache
-        options.top_n = 1
-        assert before.top_n == 3
+    mine, cache = httpx.Client(), dict[str, float]()
+    original = kind(**full_options(http_client=mine, cache=cache))
+    copied, before = duplicate(original), getattr(original, "options", original)
+    options = getattr(copied, "options", copied)
+    assert (options.http_client, options.api_key, options.top_n) == (mine, SecretStr(KEY), 3)
+    assert options.cache is cache
+    options.top_n = 1
+    assert before.top_n == 3
 
 
 @pytest.mark.parametrize("kind", [Options, *ADAPTERS])
@@ -364,13 +363,11 @@ def test_options_that_contradict_each_other_are_rejected(options: dict[str, Any]
         settings_of(**options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"allow_http": True}, {"api_key": ""}, {"base_url": "http://localhost:1"}, {"base_url": "http://127.0.0.1"}],
-)
-def test_plain_http_is_allowed_on_request_and_on_this_machine(options: dict[str, Any]) -> None:
+def test_plain_http_is_allowed_on_request_and_on_this_machine() -> None:
     """Nothing is readable by others then, or the caller has accepted it."""
-    settings_of(**{"base_url": "http://10.0.0.1", "api_key": KEY, **options})
+    options: list[dict[str, Any]] = [{"allow_http": True}, {"api_key": ""}, {"base_url": "http://localhost:1"}]
+    for option in options:
+        settings_of(**{"base_url": "http://10.0.0.1", "api_key": KEY, **option})
 
 
 @pytest.mark.parametrize(
@@ -403,11 +400,6 @@ def test_a_timeout_that_is_given_applies_to_the_callers_client(
         ({"base_url": "local://"}, "plain", {}),
         ({"base_url": "local://", "prompt_format": "tagged"}, "tagged", {}),
         ({"prompt_format": "server_template", "instruction": "i <|"}, "server_template", {"instruction": "i < |"}),
-        (
-            {"prompt_format": "server_template", "instruction": "i", "extra_body": {"instruction": "j"}},
-            "server_template",
-            {"instruction": "j"},
-        ),
     ],
 )
 def test_the_prompt_format_and_its_fields(options: dict[str, Any], name: str, fields: dict[str, Any]) -> None:
@@ -415,20 +407,19 @@ def test_the_prompt_format_and_its_fields(options: dict[str, Any], name: str, fi
     settings = settings_of(**options)
     assert settings.prompt_format is PRESETS[name]
     assert settings.fields == fields
-    own = PromptFormat(query="Q {query}")
-    assert settings_of(prompt_format=own).prompt_format == own
+    own = PromptFormat(query="Q {query}", instruction_field="a")
+    settings = settings_of(prompt_format=own, extra_body={"a": "j"})
+    assert (settings.prompt_format, settings.fields) == (own, {"a": "j"})
 
 
-@pytest.mark.parametrize(("options", "warns"), [({"model": "bge"}, True), ({}, False), ({"instruction": None}, False)])
-def test_an_instruction_without_a_place_is_a_warning(options: dict[str, Any], *, warns: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "warns"), [({"model": "bge", "instruction": "i"}, 1), ({"instruction": "i"}, 0), ({"model": "bge"}, 0)]
+)
+def test_an_instruction_without_a_place_is_a_warning(options: dict[str, Any], warns: int) -> None:
     """An option that is given is honoured, or the caller hears about it."""
-    given = {"instruction": "Find recipes", **options}
-    if given["instruction"] is None:
-        given = {"model": "bge"}
     with warnings.catch_warnings(record=True, action="always") as caught:
-        settings_of(**given)
-    assert [warning.category for warning in caught] == [RerankWarning] * warns
-    assert [warning.filename for warning in caught] == [__file__] * warns
+        settings_of(**options)
+    assert [(warning.category, warning.filename) for warning in caught] == [(RerankWarning, __file__)] * warns
 
 
 # --- one list of options ----------------------------------------------------------------------------------------------
@@ -459,9 +450,7 @@ def test_adapters_have_the_clients_options(adapter: Any) -> None:
     assert not ONLY_IN_ADAPTERS - adapter.model_fields.keys()
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
 def test_tables_of_options_have_the_real_defaults(path: Path) -> None:
     """A table that lists `total_timeout` lists every option, with its default."""
     rows = dict(re.findall(r"(?m)^\| (`\w+`(?:, `\w+`)*) \| ([^|]*?) \|", path.read_text("utf-8")))
@@ -469,15 +458,9 @@ def test_tables_of_options_have_the_real_defaults(path: Path) -> None:
     if "total_timeout" not in defaults:
         return
     assert defaults.keys() >= {*Options.model_fields, *ONLY_IN_ADAPTERS}
-    shown = {name: re.findall(r"`([^`]*)`", default) for name, default in defaults.items()}
     for name, default in {**defaults_of(LangChainReranker), **defaults_of(Options)}.items():
-        if shown.get(name):
-            assert shown[name][-1].replace("_", "").replace("'", '"') in json_of(default), name
-
-
-def json_of(default: Any) -> set[str]:
-    """Return how a default may be written."""
-    return {repr(default).replace("_", "").replace("'", '"'), f"{default:g}" if isinstance(default, float) else ""}
+        for shown in re.findall(r"`([^`]*)`", defaults.get(name, ""))[-1:]:
+            assert ast.literal_eval(shown) == default, name
 
 
 def test_the_client_shows_what_it_can() -> None:
