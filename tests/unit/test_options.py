@@ -43,79 +43,77 @@ def settings_of(*, is_async: bool = False, arguments: dict[str, Any] | None = No
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-WRONG: list[tuple[str, Any, str]] = [
-    ("top_n", 0, r"must be greater than or equal to 1 \(None keeps all\), got 0$"),
-    ("top_n", -1, r"must be .*, got -1$"),
-    ("top_n", True, r"must be a valid integer, got True$"),
-    ("top_n", 2.0, r"must be a valid integer, got 2\.0$"),
-    ("top_n", "2", r"must be a valid integer, got '2'$"),
-    ("batch_size", 0, "must be greater than or equal to 1, got 0$"),
-    ("max_request_bytes", None, "must be a valid integer, got None$"),
-    ("max_concurrency", 0, "must be greater"),
-    ("max_retries", -1, "must be greater than or equal to 0, got -1$"),
-    ("max_document_chars", 0, "must be greater"),
-    ("timeout", 0, "must be greater than 0, got 0$"),
-    ("timeout", 1e10, "must be less than or equal to 1000000, got"),
-    ("timeout", None, "must be a valid number, got None$"),
-    ("timeout", float("inf"), "must be a finite number, got inf$"),
-    ("total_timeout", float("nan"), "must be a finite number, got nan$"),
-    ("total_timeout", "5", "must be a valid number, got '5'$"),
-    ("score_threshold", "0.5", "must be a valid number"),
-    ("score_threshold", float("nan"), "must be a finite number"),
-    ("model", " ", "must not be blank, got ' '$"),
-    ("model", None, "must be a valid string, got None$"),
-    ("instruction", 5, "must be a valid string, got 5$"),
-    ("allow_http", 1, "must be a valid boolean, got 1$"),
-    ("long_documents", "split ", "must be 'cut' or 'split', got 'split '$"),
-    ("prompt_format", "fancy", "must be 'auto', 'tagged', .* or 'plain', got 'fancy'$"),
-    ("prompt_format", 5, "must be a valid dictionary or instance of PromptFormat, got 5$"),
-    ("prompt_format", {"query": "x"}, r"the query template must contain \{query\} exactly once"),
-    ("prompt_format", {"query": "{query}", KEY: 1}, "Extra inputs are not permitted"),
-    ("base_url", "ftp://host", "must start with https://"),
-    ("base_url", f"https://:{KEY}@host", "must not contain a user, password or fragment; pass the key as api_key$"),
-    ("base_url", 5, "must be a valid string$"),
-    ("api_key", 5, "must be a string$"),
-    ("api_key", f"Bearer {KEY}", "must be the key itself, without 'Bearer ' and without quotes$"),
-    ("api_key", f"'{KEY}'", "must be the key itself"),
-    ("api_key", f"{KEY}\nx", "contains a space, control or non-ASCII character at position 14$"),
-    ("api_key", f"{KEY}\u2013x", "contains a space, control or non-ASCII character at position 14$"),
-    ("api_key", SecretStr(f"{KEY} x"), "contains a space"),
-    ("api_key", "Qwen3-Reranker-4B", r"looks like a model name; pass it as model=\.\.\.$"),
-    ("api_key", "BAAI/bge-reranker-v2-m3", "looks like a model name"),
-    ("default_headers", {"Authorization": f"Bearer {KEY}"}, "must not contain Authorization; pass the key as api_key$"),
-    ("default_headers", {"proxy-authorization": KEY}, "must not contain proxy-authorization"),
-    ("default_headers", {"Content-Length": "3"}, "must not contain Content-Length, which the client sets itself$"),
-    ("default_headers", {"x y": KEY}, "must be printable ASCII"),
-    ("default_headers", {"x": "a\nb"}, "must be printable ASCII"),
-    ("default_headers", {"x": "a\t"}, "must be printable ASCII"),
-    ("default_headers", {"x": 1}, "must be a valid string$"),
-    ("extra_body", {"query": KEY, "top_n": 1}, "must not contain query, top_n; pass it as the argument of that name$"),
-    ("extra_body", {"x": float("inf")}, "must be plain JSON"),
-    ("extra_body", {"x": object()}, "must be plain JSON"),
-    ("extra_body", [KEY], "must be a valid dictionary$"),
-    ("cache", 5, "must be a path or a mutable mapping, such as a dict, got 5$"),
-    ("cache", dict, "must be a path or a mutable mapping, such as a dict, got type$"),
-    ("cache", [1], "must be a path or a mutable mapping, such as a dict, got list$"),
-    ("scorer", 5, "must be callable, got 5$"),
-    ("http_client", "x", "must be an httpx.Client, got 'x'$"),
-    ("http_client", httpx.AsyncClient(), "must be an httpx.Client, got httpx.AsyncClient$"),
-    ("async_http_client", httpx.Client(), "must be an httpx.AsyncClient, got httpx.Client$"),
-    ("apikey", KEY, "unknown option; did you mean api_key\\?$"),
-    ("cohere_api_key", KEY, "unknown option; did you mean api_key\\?$"),
-    ("top_k", 5, "unknown option; did you mean top_n\\?$"),
-    ("k", 5, "unknown option; did you mean top_n\\?$"),
-    ("model_name", KEY, "unknown option; did you mean model\\?$"),
-    ("max_length", 5, "unknown option; did you mean max_document_chars\\? It counts characters, not tokens$"),
-    ("device", "cuda", "unknown option; the model runs on the server; leave it out$"),
-    ("llm", object(), "unknown option; the server runs the model; pass its name as model$"),
-    ("batchsize", 5, "unknown option; did you mean batch_size\\?$"),
-    ("zork", KEY, "unknown option$"),
+WRONG: list[tuple[str, str, list[Any]]] = [
+    ("top_n", r"must be greater than or equal to 1 \(None keeps all\), got (0|-1)$", [0, -1]),
+    ("top_n", r"must be a valid integer, got (True|2\.0|'2')$", [True, 2.0, "2"]),
+    ("batch_size", "must be greater than or equal to 1, got 0$", [0]),
+    ("max_request_bytes", "must be a valid integer, got None$", [None]),
+    ("max_concurrency", "must be greater", [0]),
+    ("max_retries", "must be greater than or equal to 0, got -1$", [-1]),
+    ("max_document_chars", "must be greater", [0]),
+    ("timeout", "must be (greater than 0|less than or equal to 1000000), got", [0, 1e10]),
+    ("timeout", "must be a (valid|finite) number, got (None|inf)$", [None, float("inf")]),
+    ("total_timeout", "must be a (valid|finite) number, got (nan|'5')$", [float("nan"), "5"]),
+    ("score_threshold", "must be a (valid|finite) number, got", [float("nan"), "0.5"]),
+    ("model", "(must not be blank|must be a valid string), got (' '|None)$", [" ", None]),
+    ("instruction", "must be a valid string, got 5$", [5]),
+    ("allow_http", "must be a valid boolean, got 1$", [1]),
+    ("long_documents", "must be 'cut' or 'split', got 'split '$", ["split "]),
+    ("prompt_format", "must be 'auto', 'tagged', .* or 'plain', got 'fancy'$", ["fancy"]),
+    ("prompt_format", "must be a valid dictionary or instance of PromptFormat, got 5$", [5]),
+    (
+        "prompt_format",
+        r"(the query template must contain \{query\} exactly once|Extra inputs)",
+        [{"query": "x"}, {KEY: 1}],
+    ),
+    ("base_url", "must start with https://", ["ftp://host"]),
+    ("base_url", "must not contain a user, password or fragment; pass the key as api_key$", [f"https://:{KEY}@host"]),
+    ("base_url", "must be a valid string$", [5]),
+    ("api_key", "must be a string$", [5]),
+    (
+        "api_key",
+        "must be the key itself, without 'Bearer ' and without quotes$",
+        [f"Bearer {KEY}", f"'{KEY}'", f'{KEY}"'],
+    ),
+    (
+        "api_key",
+        "contains a space, .* character at position 14$",
+        [f"{KEY}\nx", f"{KEY}\u2013x", SecretStr(f"{KEY} x")],
+    ),
+    ("api_key", r"looks like a model name; pass it as model=\.\.\.$", ["Qwen3-Reranker-4B", "BAAI/bge-reranker-v2-m3"]),
+    (
+        "default_headers",
+        "must not contain .*; pass the key as api_key$",
+        [{"Authorization": KEY}, {"proxy-authorization": KEY}],
+    ),
+    ("default_headers", "must not contain Content-Length, which the client sets itself$", [{"Content-Length": "3"}]),
+    ("default_headers", "must be printable ASCII", [{"x y": KEY}, {"x": "a\nb"}, {"x": "a\t"}]),
+    ("default_headers", "must be a valid string$", [{"x": 1}]),
+    (
+        "extra_body",
+        "must not contain query, top_n; pass it as the argument of that name$",
+        [{"query": KEY, "top_n": 1}],
+    ),
+    ("extra_body", "must be plain JSON", [{"x": float("inf")}, {"x": object()}]),
+    ("extra_body", "must be a valid dictionary$", [[KEY]]),
+    ("cache", "must be a path or a mutable mapping, such as a dict, got (5|type|list)$", [5, dict, [1]]),
+    ("scorer", "must be callable, got 5$", [5]),
+    ("http_client", "must be an httpx.Client, got ('x'|httpx.AsyncClient)$", ["x", httpx.AsyncClient()]),
+    ("async_http_client", "must be an httpx.AsyncClient, got httpx.Client$", [httpx.Client()]),
+    ("apikey", "unknown option; did you mean api_key\\?$", [KEY]),
+    ("cohere_api_key", "unknown option; did you mean api_key\\?$", [KEY]),
+    ("top_k", "unknown option; did you mean top_n\\?$", [5]),
+    ("model_name", "unknown option; did you mean model\\?$", [KEY]),
+    ("max_length", "unknown option; did you mean max_document_chars\\? It counts characters, not tokens$", [5]),
+    ("device", "unknown option; the model runs on the server; leave it out$", ["cuda"]),
+    ("batchsize", "unknown option; did you mean batch_size\\?$", [5]),
+    ("zork", "unknown option$", [KEY]),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=str)
+@pytest.mark.parametrize(("name", "message", "values"), WRONG, ids=str)
 @pytest.mark.parametrize("how", ["options", "with_options", "call", "assignment", "langchain", "llama_index"])
-def test_a_wrong_option_is_rejected_by_name(how: str, name: str, value: Any, message: str) -> None:
+def test_a_wrong_option_is_rejected_by_name(how: str, name: str, message: str, values: list[Any]) -> None:
     """The message names the option and shows its value, unless that may be a key; nothing is changed."""
     client = RegoloClient()
     ways: dict[str, Any] = {
@@ -126,14 +124,14 @@ def test_a_wrong_option_is_rejected_by_name(how: str, name: str, value: Any, mes
         "langchain": LangChainReranker,
         "llama_index": LlamaIndexReranker,
     }
-    if how == "call" and value is None:
-        return  # which leaves the option as it is
-    with pytest.raises(InvalidInputError) as caught:
-        ways[how](**{name: value})
-    assert re.match(f"{name}: {message}", str(caught.value)), str(caught.value)
-    assert KEY not in f"{caught.value!r} {vars(caught.value)}"
-    assert caught.value.__cause__ is caught.value.__context__ is None
-    assert client.options == Options()
+    for value in values:
+        if how == "call" and value is None:
+            continue  # leaves the option as it is
+        with pytest.raises(InvalidInputError, match=f"^{name}: {message}") as caught:
+            ways[how](**{name: value})
+        assert KEY not in f"{caught.value!r} {vars(caught.value)}"
+        assert caught.value.__cause__ is caught.value.__context__ is None
+        assert client.options == Options()
 
 
 def test_every_wrong_option_is_named() -> None:
