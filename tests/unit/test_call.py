@@ -110,16 +110,19 @@ def plain_ranking(texts: list[str], options: dict[str, Any]) -> Pairs:
     return [(index, score) for index, score in kept if scores[index] is not None and score >= threshold]
 
 
-@given(documents(), OPTIONS, st.booleans(), st.integers(0, 99))
+@given(documents(), OPTIONS, st.sampled_from(["none", "empty", "half", "full"]), st.integers(0, 99))
 @cases(250)
 def test_any_documents_rank_as_in_one_plain_sort(
-    texts: list[str], options: dict[str, Any], has_cache: bool, seed: int
+    texts: list[str], options: dict[str, Any], known: str, seed: int
 ) -> None:
-    """Each distinct text is sent once, within the limits, and replies in any order merge into the plain ranking."""
+    """Each unknown text is sent once, within the limits, and replies in any order merge into the plain ranking."""
     chosen = random.Random(seed)  # noqa: S311 - repeatable cases, no secrets
-    cache = QueryCache({}, threading.Lock()) if has_cache else None
+    parts = {part for text in texts for part in parts_of(text, options)}
+    before = {"none": set(), "empty": set(), "half": set(sorted(parts)[::2]), "full": parts}[known]
+    cache = QueryCache({}, threading.Lock())
+    cache.write({part: score_of(join_surrogates(part)) for part in before})
     with warnings.catch_warnings(action="ignore", category=RerankWarning):
-        call = begin(texts, cache=cache, **options)
+        call = begin(texts, cache=None if known == "none" else cache, **options)
         sent: list[str] = []
         for batch in chosen.sample(call.batches, len(call.batches)):
             body = call.encode(batch)
@@ -131,36 +134,14 @@ def test_any_documents_rank_as_in_one_plain_sort(
             reply = rank({**request, "top_n": chosen.randint(request["top_n"], len(request["documents"]))})
             chosen.shuffle(reply["results"])
             call.accept(batch, reply_of(reply))
+        assert call.is_done
         response = call.response()
-    parts = {part for text in texts for part in parts_of(text, options)}
-    assert Counter(sent) == Counter(map(join_surrogates, parts))
+        call.close()
+    assert Counter(sent) == Counter(map(join_surrogates, parts - before))
+    assert response.usage.requests == len(call.batches)
     assert pairs(response) == plain_ranking(texts, options)
     assert all(result.document is texts[result.index] for result in response)
-
-
-@given(documents(), OPTIONS)
-@cases(60)
-def test_a_ranking_is_the_same_from_a_cache(texts: list[str], options: dict[str, Any]) -> None:
-    """If some or all scores are known, only the others are sent, and the ranking is the same."""
-    known: dict[str, float] = {}
-
-    def call_of(texts: list[str]) -> Call:
-        return begin(texts, cache=QueryCache(known, threading.Lock()), **options)
-
-    with warnings.catch_warnings(action="ignore", category=RerankWarning):
-        half, whole = call_of(texts[::2]), plain_ranking(texts, options)
-        answer_all(half)
-        half.close()
-        call = call_of(texts)
-        already = {part for text in texts[::2] for part in parts_of(text, options)}
-        assert not already & {text for batch in call.batches for text in request_of(call, batch)["documents"]}
-        assert pairs(answer_all(call)) == whole
-        call.close()
-        again = call_of(texts)
-        assert again.batches == []
-        assert again.is_done
-        assert pairs(again.response()) == whole
-        assert again.response().usage == Usage()
+    assert known == "none" or cache.read(parts).keys() == parts
 
 
 @pytest.mark.parametrize(
