@@ -19,7 +19,7 @@ def split_passages(text: str, max_chars: int) -> list[tuple[int, int]]:
 
     Each passage is as long as `max_chars` allows. It ends at the last sentence end in its second half. Without one it
     ends at the last space there, and without a space after `max_chars` characters. The next passage starts at the first
-    sentence or word in the last tenth of this one.
+    sentence or word in the last tenth of this one, and without a space at the beginning of that tenth.
 
     Args:
         text: The text.
@@ -49,4 +49,4 @@ def _first_break(text: str, low: int, high: int) -> int:
     for pattern in (_SENTENCE_END, _SPACE):
         for found in pattern.finditer(text, low, high):
             return found.end()
-    return high
+    return low

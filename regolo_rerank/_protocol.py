@@ -7,6 +7,7 @@ llama.cpp differ in details. The API key is redacted before a reply comes here.
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from regolo_rerank.options import API_KEY_VARIABLE
 __all__ = ["Ranking", "Score", "encode", "read_reply", "replace_surrogates", "request_id_of"]
 
 _CLIP: Final = 2_000
+_LARGEST: Final = sys.float_info.max  # JSON has integers that are larger, and Python reads NaN and Infinity
 
 
 class Score(NamedTuple):
@@ -132,7 +134,7 @@ def _read_score(position: int, result: Any, reply: Reply) -> Score:
     value = result.get("relevance_score", result.get("score"))
     if not isinstance(index, int) or isinstance(index, bool):
         raise _invalid(f"results[{position}].index must be an integer, got {_describe_shape(index)}", reply)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST <= value <= _LARGEST:
         raise _invalid(
             f"results[{position}].relevance_score must be a finite number, got {_describe_shape(value)}", reply
         )

@@ -46,9 +46,10 @@ Scorer = Callable[[str, list[str]], Sequence[float]]
 
 def _check_integer(value: Any) -> Any:
     """Accept every integer type, such as numpy's, but not a bool."""
-    if isinstance(value, bool | str) or not hasattr(value, "__index__"):
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
         return value  # which the field's own check rejects
-    return operator.index(value)
 
 
 def _check_text(text: str) -> str:
