@@ -84,8 +84,14 @@ class _Threads:
         while not call.is_done:
             self._wait_until_done(call, call.seconds_left())
             if call.seconds_left() == 0.0:
-                call.fail(call.timeout_error())
-                self._start_workers()  # its workers may be stuck, and others take their places
+                self.fail(call, call.timeout_error())
+
+    def fail(self, call: Call, error: BaseException) -> None:
+        """End a call. Its workers may be stuck, so others take their places; those that sleep wake up and end."""
+        with self._changed:
+            call.fail(error)
+            self._changed.notify_all()
+        self._start_workers()
 
     def take_first(self, pending: deque[Call | RegoloError]) -> Call | RegoloError:
         """Wait for the first of some calls, and remove it."""
@@ -121,7 +127,7 @@ class _Threads:
             try:
                 self._drive(job)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                job.call.fail(error)
+                self.fail(job.call, error)
             with self._changed:
                 self._queue.finish(job)
                 self._changed.notify_all()
@@ -185,8 +191,11 @@ class _Tasks:
         while job is not None:
             try:
                 await self._drive(job)
-            except Exception as error:  # noqa: BLE001 - raised again in the caller's task
+            except BaseException as error:  # raised again in the caller's task
                 job.call.fail(error)
+                if not isinstance(error, Exception):  # somebody has cancelled this task
+                    raise
+                self._start_workers()  # in place of the call's other workers, which may be stuck
             finally:
                 self._queue.finish(job)
                 self._changed.set()
@@ -216,11 +225,11 @@ class _Tasks:
 def run(call: Call, connections: Connections, pause: Pause) -> None:
     """Send the batches of one call, and wait until it is done."""
     threads = _Threads(call.settings.options.max_concurrency, connections, pause)
-    threads.submit(call)
     try:
+        threads.submit(call)
         threads.wait(call)
     except BaseException as interrupt:
-        call.fail(interrupt)  # Ctrl-C: the workers send nothing more
+        threads.fail(call, interrupt)  # Ctrl-C: the workers send nothing more
         raise
 
 
