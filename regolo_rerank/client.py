@@ -280,7 +280,15 @@ class RegoloClient:
     ) -> list[float]: ...
 
     def score(
-        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+        self,
+        query: str,
+        documents: Iterable[Any],
+        *,
+        text: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores of N documents in the caller's order, for example as a column of a DataFrame.
 
@@ -290,13 +298,26 @@ class RegoloClient:
             query: The query, not blank.
             documents: N documents, as in `rerank`.
             text: As in `rerank`.
-            **options: `model`, `instruction`, `total_timeout` and `extra_body`, as in `rerank`.
+            model: As in `rerank`.
+            instruction: As in `rerank`.
+            total_timeout: As in `rerank`.
+            extra_body: As in `rerank`.
 
         Raises:
             RegoloError: As in `rerank`.
         """
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(everything.rerank(query, documents, text=text, **options))
+        return _in_input_order(
+            everything.rerank(
+                query,
+                documents,
+                text=text,
+                model=model,
+                instruction=instruction,
+                total_timeout=total_timeout,
+                extra_body=extra_body,
+            )
+        )
 
     @overload
     async def ascore(
@@ -309,11 +330,29 @@ class RegoloClient:
     ) -> list[float]: ...
 
     async def ascore(
-        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+        self,
+        query: str,
+        documents: Iterable[Any],
+        *,
+        text: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores as `score` does, without blocking the event loop."""
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(await everything.arerank(query, documents, text=text, **options))
+        return _in_input_order(
+            await everything.arerank(
+                query,
+                documents,
+                text=text,
+                model=model,
+                instruction=instruction,
+                total_timeout=total_timeout,
+                extra_body=extra_body,
+            )
+        )
 
     @overload
     def rerank_many(
