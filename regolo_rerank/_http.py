@@ -8,7 +8,6 @@ import asyncio
 import functools
 import os
 import ssl
-import threading
 import time
 import uuid
 import weakref
@@ -21,6 +20,7 @@ from urllib.request import getproxies
 
 from regolo_rerank._endpoint import Endpoint
 from regolo_rerank._redaction import redact
+from regolo_rerank._threads import opening
 from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloError
 from regolo_rerank.options import Settings
 
@@ -68,6 +68,8 @@ class Connections:
     def __init__(self) -> None:
         self._start_process()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
+        # Also keeps the connections alive until the loop has closed them, if this object is part of a reference cycle.
+        weakref.finalize(self, self._loops.clear).atexit = False
         # Created at most once for each object, because it takes 20 ms. A new object sees a changed SSL_CERT_FILE.
         self._tls_context = functools.cache(_create_tls_context)
 
@@ -188,13 +190,6 @@ class _Member(Generic[C]):
     is_retired: bool = False
 
 
-_lock: Final = threading.RLock()
-"""Held while the clients of a pool change: reentrant, because garbage collection may close a pool at any point."""
-if hasattr(os, "register_at_fork"):
-    # A fork waits until another thread has opened its client: the child could not finish the other thread's imports.
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
 class _Pool(Generic[C]):
     """httpx clients for one endpoint, each with at most `REQUESTS_PER_CLIENT` requests in flight."""
 
@@ -204,7 +199,7 @@ class _Pool(Generic[C]):
 
     def take(self) -> _Member[C]:
         """Return the least busy client, or a new one if all are busy. One more request is now in flight there."""
-        with _lock:
+        with opening:
             member = min(self._members, key=lambda member: member.in_flight, default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
                 member = _Member(self._open_client())
@@ -217,7 +212,7 @@ class _Pool(Generic[C]):
 
         If its connection is broken, no client of the pool is used again: their connections may be dead too.
         """
-        with _lock:
+        with opening:
             member.in_flight -= 1
             if is_broken and not member.is_retired:
                 return self.retire()
@@ -225,7 +220,7 @@ class _Pool(Generic[C]):
 
     def retire(self) -> list[C]:
         """Use none of the clients again, and return those that are idle, to be closed now."""
-        with _lock:
+        with opening:
             members, self._members = self._members, []
             for member in members:
                 member.is_retired = True
