@@ -98,7 +98,7 @@ class Connections:
             pool = self._pools.setdefault(settings.endpoint, _Pool(open_client))
         try:
             member = pool.take()
-        except _ENVIRONMENT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
@@ -119,7 +119,7 @@ class Connections:
             pool = pools.by_endpoint[settings.endpoint] = _Pool(open_client)
         try:
             member = pool.take()
-        except _ENVIRONMENT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
@@ -419,9 +419,6 @@ def _translate(error: Exception, settings: Settings, seconds: float | None) -> R
             f"event loop"
         )
     raise error
-
-
-_ENVIRONMENT_ERRORS: Final = (ImportError, OSError, ValueError)
 
 
 def _describe_environment_error(error: Exception) -> APIConnectionError:
