@@ -12,7 +12,7 @@ from collections.abc import (
     Mapping,
     MutableMapping,
 )
-from contextlib import aclosing, closing
+from contextlib import closing
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
@@ -482,14 +482,18 @@ class RegoloClient:
         self, settings: Settings, pairs: Any, text: Any, *, return_exceptions: bool
     ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
         _check_event_loop()
+        indices = itertools.count()
+
+        def begin(pair: object) -> Call | RegoloError:
+            return self._begin_pair(settings, next(indices), pair, text)
+
         workers = settings.options.max_concurrency
-        async with aclosing(_iterate(pairs)) as source:
-            indices = itertools.count()
-            calls = (self._begin_pair(settings, next(indices), pair, text) async for pair in source)
-            running = _workers.run_async_in_order(calls, workers, self._connections, self._pause(settings))
-            async with aclosing(running) as finished:
-                async for call in finished:
-                    yield _finish(call, return_exceptions=return_exceptions)
+        calls = _workers.TasksInOrder(pairs, begin, workers, self._connections, self._pause(settings))
+        try:
+            while (call := await calls.next()) is not None:
+                yield _finish(call, return_exceptions=return_exceptions)
+        finally:
+            await calls.stop()
 
     def _begin(self, settings: Settings, query: Any, documents: Any, text: Any) -> Call:
         """Check query and documents, and return their call."""
@@ -579,15 +583,6 @@ def _check_event_loop() -> None:
         raise InvalidInputError(
             "async calls need an asyncio event loop. Other loops, such as trio's, do not work"
         ) from None
-
-
-async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
 
 
 def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
