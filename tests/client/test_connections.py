@@ -290,7 +290,9 @@ asyncio.run(client.arerank("q", ["a", "b"]))
 def test_no_cookie_is_kept(call: Call, stub: Stub) -> None:
     """Requests share nothing but the connection."""
     stub.reply = lambda request: Reply(scored(request).body, headers={"set-cookie": "who=me; Path=/"})
-    with RegoloClient(KEY, base_url=stub.url.replace("127.0.0.1", "localhost"), batch_size=1, max_concurrency=1) as client:
+    with RegoloClient(
+        KEY, base_url=stub.url.replace("127.0.0.1", "localhost"), batch_size=1, max_concurrency=1
+    ) as client:
         call(client.rerank, "q", texts(2))
     assert [request.headers.get("cookie") for request in stub.received] == [None, None]
 

@@ -217,7 +217,9 @@ def test_a_new_client_trusts_the_certificates_of_ssl_cert_file(
     call: Call, tls_stub: Stub, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An untrusted certificate is named with its remedy, and tried once; a new client sees a changed SSL_CERT_FILE."""
-    with pytest.raises(APIConnectionError, match=r"certificate of localhost:\d+ is not trusted.*SSL_CERT_FILE") as caught:
+    with pytest.raises(
+        APIConnectionError, match=r"certificate of localhost:\d+ is not trusted.*SSL_CERT_FILE"
+    ) as caught:
         call(RegoloClient(KEY, base_url=tls_stub.url).rerank, "q", ["a"])
     assert not caught.value.retryable
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

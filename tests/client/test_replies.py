@@ -115,9 +115,7 @@ def test_a_second_reply_to_one_request_is_not_the_next_ones(call: Call, stub: St
     wrong = json.dumps({"results": [{"index": index, "relevance_score": index} for index in range(3)]}).encode()
 
     def reply(request: Received) -> Reply:
-        ranked = [
-            {"index": index, "relevance_score": stub_score(text)} for index, text in enumerate(request.documents)
-        ]
+        ranked = [{"index": index, "relevance_score": stub_score(text)} for index, text in enumerate(request.documents)]
         named = {header: request.headers[header]}
         surplus = http(wrong, 200, connection="keep-alive", **named) if len(stub.received) == 1 else b""
         return Reply({"results": ranked}, headers=named, surplus=surplus)

@@ -118,7 +118,10 @@ def test_tenants_with_other_keys_do_not_wait(call: Call, client: RegoloClient, s
     assert call(client.with_options(api_key="sk-other-tenant").rerank, "q", ["a"])
     with Stub() as other:
         assert call(client.with_options(base_url=other.url).rerank, "q", ["a"])
-    assert [request.headers["authorization"] for request in stub.received] == [f"Bearer {KEY}", "Bearer sk-other-tenant"]
+    assert [request.headers["authorization"] for request in stub.received] == [
+        f"Bearer {KEY}",
+        "Bearer sk-other-tenant",
+    ]
 
 
 def test_the_first_final_failure_stops_the_rest(call: Call, stub: Stub) -> None:
@@ -147,7 +150,10 @@ def test_a_failed_call_sends_nothing_more(call: Call, stub: Stub, caplog: pytest
     assert soon(lambda: not stub.at_once)
     time.sleep(0.1)
     assert len(stub.received) == 3
-    assert [record.getMessage()[:9] for record in caplog.records if record.name == "regolo_rerank"] in (["Attempt 1"], [])
+    assert [record.getMessage()[:9] for record in caplog.records if record.name == "regolo_rerank"] in (
+        ["Attempt 1"],
+        [],
+    )
 
 
 def test_a_worker_that_sleeps_ends_with_its_call(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
