@@ -16,7 +16,7 @@ IDLE_SECONDS: Final = 5.0
 
 _idle: Final[deque["_Worker"]] = deque()
 opening: Final = threading.RLock()
-"""Held while httpx clients are opened and closed. Garbage collection may close some at any point, so it is reentrant."""
+"""Held while httpx clients are opened and closed; reentrant, as garbage collection may close some at any point."""
 loading: Final = threading.RLock()
 """Held while the offline scorer loads its model."""
 

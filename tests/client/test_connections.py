@@ -10,7 +10,9 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
+import httpx
 import pytest
 
 from regolo_rerank import APIConnectionError, RegoloClient
@@ -77,18 +79,13 @@ async def test_200_tasks_wait_together(stub: Stub) -> None:
 
 def test_requests_are_spread_over_httpx_clients(call: Call, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     """One httpcore pool is slow with dozens of requests, so each httpx client has few."""
-    import httpx
-
-    opened: list[Any] = []
-    for kind in (httpx.Client, httpx.AsyncClient):
-        start = kind.__init__
-        monkeypatch.setattr(
-            kind, "__init__", lambda self, start=start, **options: (opened.append(self), start(self, **options))[1]
-        )
+    kind = httpx.Client if call.mode == "sync" else httpx.AsyncClient
+    opened = Mock(side_effect=kind)
+    monkeypatch.setattr(httpx, kind.__name__, opened)
     stub.reply = together(8)
     with RegoloClient(KEY, base_url=stub.url, batch_size=1, max_concurrency=8) as client:
         call(client.rerank, "q", texts(8))
-    assert len(opened) == 4
+    assert opened.call_count == 4
 
 
 def cut_off(count: int) -> Fault:
@@ -127,7 +124,7 @@ def test_a_retry_opens_a_new_connection(call: Call, connections: int) -> None:
             assert response.usage.requests == 2
 
 
-def test_connections_that_the_server_has_closed_are_not_used(call: Call, stub: Stub) -> None:
+def test_connections_that_the_server_has_closed_are_not_used(call: Call) -> None:
     """A server that restarts costs no failed call."""
     with Stub() as restarted, RegoloClient(KEY, base_url=restarted.url, max_retries=1) as client:
         restarted.script(Reply(scored_body(), headers={"connection": "close"}))

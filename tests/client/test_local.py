@@ -93,18 +93,10 @@ def test_a_scorer_that_fails_is_named_and_called_once(call: Call, scorer: Any, w
         called.append(query)
         return scorer(query, documents)
 
-    wrapped = scorer if scorer is asynchronous else counted
+    wrapped: Any = scorer if scorer is asynchronous else counted
     with pytest.raises(InvalidInputError, match=words):
         call(RegoloClient(base_url="local://", scorer=wrapped).rerank, "q", ["a", "b"])
     assert len(called) <= 1
-
-
-def test_options_that_contradict_each_other(call: Call) -> None:
-    """A scorer belongs to `local://`, and a cache cannot tell scorers apart."""
-    with pytest.raises(InvalidInputError, match="scorer: needs base_url='local://'"):
-        call(RegoloClient(KEY, scorer=by_length).rerank, "q", ["a"])
-    with pytest.raises(InvalidInputError, match="cache: cannot tell the scores of two scorers apart"):
-        call(RegoloClient(base_url="local://", scorer=by_length, cache={}).rerank, "q", ["a"])
 
 
 def test_scorers_run_concurrently_and_many_in_order(call: Call) -> None:

@@ -37,12 +37,3 @@ def test_each_reply_and_each_retry_is_logged(call: Call, stub: Stub, caplog: pyt
     assert extras[0] == {"status": 200, "request_id": "call-1", "attempt": None}
     assert extras[2] == {"status": 503, "request_id": None, "attempt": 1}
     assert all(record.seconds >= 0 for record in records)  # type: ignore[attr-defined]  # from `extra`
-
-
-def test_a_call_without_trouble_logs_nothing_by_default(
-    call: Call, client: RegoloClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No line at INFO or above."""
-    with caplog.at_level(logging.INFO, "regolo_rerank"):
-        call(client.rerank, "q", texts(3))
-    assert [record for record in caplog.records if record.name == "regolo_rerank"] == []

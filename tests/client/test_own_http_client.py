@@ -1,7 +1,6 @@
 """HTTP clients of the caller, of httpx and of httpx2."""
 
 import asyncio
-import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from tests.conftest import KEY
 from tests.support.faults import FaultServer, endless, http, sends
 from tests.support.modes import Call
 from tests.support.observed import slowly
-from tests.support.stub import Reply, Stub, error, pairs, scored, texts
+from tests.support.stub import Reply, Stub, error, pairs, results, texts
 
 
 @pytest.fixture(params=["httpx", "httpx2"])
@@ -158,7 +157,7 @@ def test_a_closed_client_is_named(call: Call, library: Any, stub: Stub) -> None:
     closed.close()
     asyncio.run(aclosed.aclose())
     client = RegoloClient(KEY, base_url=stub.url, http_client=closed, async_http_client=aclosed)
-    with pytest.raises(InvalidInputError, match="http_client: it cannot be used: .*closed"):
+    with pytest.raises(InvalidInputError, match=r"http_client: it cannot be used: .*closed"):
         call(client.rerank, "q", ["a"])
 
 
@@ -181,7 +180,6 @@ def test_a_wrong_client_is_rejected(library: Any, option: str, wrong: str | None
     fits = (option == "async_http_client") == (wrong == "AsyncClient") and wrong is not None
     client: Any = object() if wrong is None else getattr(library, wrong)()
     if fits:
-        assert RegoloClient(**{option: client})
         with pytest.raises(InvalidInputError, match="http_client: local:// sends nothing"):
             RegoloClient(base_url="local://", **{option: client}).rerank("q", ["a"])
     else:
@@ -191,12 +189,7 @@ def test_a_wrong_client_is_rejected(library: Any, option: str, wrong: str | None
 
 def test_mocks_of_httpx_are_read(call: Call, library: Any, stub: Stub) -> None:
     """A mock transport, as tests of applications use it."""
-    module = importlib.import_module(library.__name__)
-
-    def answer(request: Any) -> Any:
-        received: Any = type("Request", (), {"documents": ["a score=1"], "json": {}})()
-        return module.Response(200, json=scored(received).body)
-
-    response = rank(call, library, {"transport": module.MockTransport(answer)}, base_url=stub.url)
+    transport = library.MockTransport(lambda _: library.Response(200, json=results((0, 1.0))))
+    response = rank(call, library, {"transport": transport}, base_url=stub.url)
     assert pairs(response) == [(0, 1.0)]
     assert not stub.received

@@ -42,9 +42,9 @@ def test_a_compressed_reply_is_rejected(call: Call, coding: str) -> None:
 
 def test_a_compressed_error_has_its_status(call: Call) -> None:
     """The body of an error is not needed."""
-    with FaultServer(usual=sends(http(gzip.compress(b"{}"), 422, content_encoding="gzip"))) as server:
-        with pytest.raises(BadRequestError, match="422"):
-            call(RegoloClient(KEY, base_url=server.url).rerank, "q", TEXTS)
+    fault = sends(http(gzip.compress(b"{}"), 422, content_encoding="gzip"))
+    with FaultServer(usual=fault) as server, pytest.raises(BadRequestError, match="422"):
+        call(RegoloClient(KEY, base_url=server.url).rerank, "q", TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_a_ranking_of_something_else_is_an_error(call: Call) -> None:
     swapped = ranking(SENT)
     for result in swapped["results"]:
         result["index"] = (result["index"] + 1) % 3
-    with FaultServer(usual=sends(http(json.dumps(swapped).encode()))) as server:
-        with pytest.raises(APIResponseError, match="comes back with the text of document"):
-            call(RegoloClient(KEY, base_url=server.url).rerank, "q", TEXTS)
+    fault = sends(http(json.dumps(swapped).encode()))
+    with FaultServer(usual=fault) as server, pytest.raises(APIResponseError, match="comes back with the text of"):
+        call(RegoloClient(KEY, base_url=server.url).rerank, "q", TEXTS)
 
 
 @pytest.mark.parametrize("header", ["x-litellm-call-id", "x-request-id"])
@@ -171,6 +171,5 @@ def test_an_error_before_the_request_was_read(call: Call) -> None:
         connection.sendall(http(b'{"error": {"message": "busy"}}', 503, retry_after_ms="1"))
         time.sleep(0.05)
 
-    with FaultServer(usual=early) as server:
-        with pytest.raises(ServerError, match="busy"):
-            call(RegoloClient(KEY, base_url=server.url, max_retries=1).rerank, "q", ["x" * 900_000])
+    with FaultServer(usual=early) as server, pytest.raises(ServerError, match="busy"):
+        call(RegoloClient(KEY, base_url=server.url, max_retries=1).rerank, "q", ["x" * 900_000])

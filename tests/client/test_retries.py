@@ -202,7 +202,7 @@ def test_a_limit_on_parallel_requests_is_no_failure(call: Call, stub: Stub) -> N
 def test_a_limit_on_parallel_requests_ends_with_total_timeout(call: Call, stub: Stub) -> None:
     """A limit that never frees is raised in time."""
     stub.always(over_parallel_limit(0))
-    with pytest.raises((RateLimitError, APIConnectionError), match="max_parallel_requests|total_timeout"):
+    with pytest.raises((RateLimitError, APIConnectionError), match=r"max_parallel_requests|total_timeout"):
         call(RegoloClient(KEY, base_url=stub.url, max_retries=0).rerank, "q", ["a"], total_timeout=0.5)
     assert len(stub.received) > 1
 
