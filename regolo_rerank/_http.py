@@ -8,7 +8,6 @@ import asyncio
 import functools
 import os
 import ssl
-import threading
 import time
 import uuid
 import weakref
@@ -21,6 +20,7 @@ from urllib.request import getproxies
 
 from regolo_rerank._endpoint import Endpoint
 from regolo_rerank._redaction import redact
+from regolo_rerank._threads import opening
 from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloError
 from regolo_rerank.options import Settings
 
@@ -60,17 +60,24 @@ class Reply:
 class Connections:
     """HTTP connections that a client shares with its copies, opened when needed, per process and event loop.
 
-    Requests are spread over several httpx clients. A client with a timeout or a lost connection gets no new requests,
-    so that a retry always opens a new connection: the others in its pool may be dead too, for example after a node
+    Requests are spread over several httpx clients. After a timeout or a lost connection, none of them gets new
+    requests, so that a retry always opens a new connection: all others may be dead too, for example after a node
     behind a load balancer has disappeared.
     """
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
-        self._pools: dict[Endpoint, _Pool[httpx.Client]] = {}
+        self._start_process()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
+        # Also keeps the connections alive until the loop has closed them, if this object is part of a reference cycle.
+        weakref.finalize(self, self._loops.clear).atexit = False
         # Created at most once for each object, because it takes 20 ms. A new object sees a changed SSL_CERT_FILE.
         self._tls_context = functools.cache(_create_tls_context)
+
+    def _start_process(self) -> None:
+        """Start without connections: after a fork they are the parent's."""
+        self._pools: dict[Endpoint, _Pool[httpx.Client]] = {}
+        self._pid = os.getpid()
+        weakref.finalize(self, _close_pools, self._pools, self._pid)
 
     def post(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
         """Send a request, and return the reply or the error that came instead.
@@ -83,24 +90,23 @@ class Connections:
         """
         if settings.options.http_client is not None:
             return _post(settings.options.http_client, settings, body, seconds)
-        if self._pid != os.getpid():  # after a fork the connections are the parent's
-            self._pid, self._pools = os.getpid(), {}
+        if self._pid != os.getpid():
+            self._start_process()
         pool = self._pools.get(settings.endpoint)
         if pool is None:
             open_client = functools.partial(_open_client, settings.endpoint, self._tls_context)
             pool = self._pools.setdefault(settings.endpoint, _Pool(open_client))
-            weakref.finalize(self, pool.close)
         try:
             member = pool.take()
-        except _ENVIRONMENT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
             outcome = _post(member.client, settings, body, seconds)
             return outcome
         finally:
-            if pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
-                member.client.close()
+            for client in pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
+                client.close()
 
     async def apost(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
         """Send a request as `post` does. `seconds` limits the whole request."""
@@ -113,21 +119,19 @@ class Connections:
             pool = pools.by_endpoint[settings.endpoint] = _Pool(open_client)
         try:
             member = pool.take()
-        except _ENVIRONMENT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
             outcome = await _apost(member.client, settings, body, seconds)
             return outcome
         finally:
-            if pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
-                await member.client.aclose()
+            for client in pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
+                await client.aclose()
 
     def close(self) -> None:
         """Close the connections of sync calls. Requests in progress finish first."""
-        pools, self._pools = self._pools, {}
-        for pool in pools.values():
-            pool.close()
+        _close_pools(self._pools, self._pid)
 
     async def aclose(self) -> None:
         """Close the connections of sync calls, and of async calls in the running event loop."""
@@ -145,6 +149,14 @@ class Connections:
             await anext(guard)
             self._loops[loop] = _LoopPools(by_endpoint, guard)
         return self._loops[loop]
+
+
+def _close_pools(pools: "dict[Endpoint, _Pool[httpx.Client]]", pid: int) -> None:
+    """Close the connections of sync calls, but not in a process that was forked from theirs."""
+    if pid == os.getpid():
+        with suppress(KeyError):
+            while True:
+                pools.popitem()[1].close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +196,10 @@ class _Pool(Generic[C]):
     def __init__(self, open_client: Callable[[], C]) -> None:
         self._open_client: Callable[[], C] = open_client
         self._members: list[_Member[C]] = []
-        self._lock = threading.Lock()
 
     def take(self) -> _Member[C]:
         """Return the least busy client, or a new one if all are busy. One more request is now in flight there."""
-        with self._lock:
+        with opening:
             member = min(self._members, key=lambda member: member.in_flight, default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
                 member = _Member(self._open_client())
@@ -196,18 +207,20 @@ class _Pool(Generic[C]):
             member.in_flight += 1
             return member
 
-    def give_back(self, member: _Member[C], *, is_broken: bool) -> bool:
-        """Count a request as finished, and return whether the caller must close the client."""
-        with self._lock:
+    def give_back(self, member: _Member[C], *, is_broken: bool) -> list[C]:
+        """Count a request as finished, and return the clients that the caller must close.
+
+        If its connection is broken, no client of the pool is used again: their connections may be dead too.
+        """
+        with opening:
             member.in_flight -= 1
             if is_broken and not member.is_retired:
-                member.is_retired = True
-                self._members.remove(member)
-            return member.is_retired and member.in_flight == 0
+                return self.retire()
+            return [member.client] if member.is_retired and member.in_flight == 0 else []
 
     def retire(self) -> list[C]:
         """Use none of the clients again, and return those that are idle, to be closed now."""
-        with self._lock:
+        with opening:
             members, self._members = self._members, []
             for member in members:
                 member.is_retired = True
@@ -258,7 +271,7 @@ def _post(client: "httpx.Client", settings: Settings, body: bytes, seconds: floa
     started = time.monotonic()
     try:
         request = _build_request(client, settings, body, seconds)
-        response = client.send(request, stream=True, auth=None, follow_redirects=False)
+        response = client.send(request, **_send_options(settings))
         try:
             reader = _ReplyReader(response, settings, started)
             for chunk in response.iter_raw() if reader.is_streaming else ():
@@ -283,7 +296,7 @@ async def _apost(
     try:
         async with asyncio.timeout(seconds):
             request = _build_request(client, settings, body, seconds)
-            response = await client.send(request, stream=True, auth=None, follow_redirects=False)
+            response = await client.send(request, **_send_options(settings))
             try:
                 reader = _ReplyReader(response, settings, started)
                 if reader.is_streaming:
@@ -319,6 +332,11 @@ def _build_request(
     return request
 
 
+def _send_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of `send`. The API key replaces the authentication of the caller's own client."""
+    return {"stream": True, "follow_redirects": False, **({} if settings.key is None else {"auth": None})}
+
+
 class _ReplyReader:
     """Collects the body of a response, up to `MAX_REPLY_BYTES`.
 
@@ -335,10 +353,12 @@ class _ReplyReader:
         # A mock or a hook of the caller's client may have read the body already.
         self.is_streaming = not response.is_stream_consumed
         if _belongs_to_another_request(response):
-            raise APIResponseError("invalid reply: it belongs to another request")
+            failure = APIResponseError("invalid reply: it belongs to another request")
+            failure.retryable = True
+            raise failure
         if not self.is_streaming:
             self._body += response.content
-        elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
+        elif (encoding := self._headers.get("content-encoding", "identity").lower()) != "identity":
             # An error can be reported by its status alone, but a ranking has to be read.
             self.is_streaming = False
             if 200 <= response.status_code < 300:
@@ -399,9 +419,6 @@ def _translate(error: Exception, settings: Settings, seconds: float | None) -> R
             f"event loop"
         )
     raise error
-
-
-_ENVIRONMENT_ERRORS: Final = (ImportError, OSError, ValueError)
 
 
 def _describe_environment_error(error: Exception) -> APIConnectionError:

@@ -1,4 +1,4 @@
-"""Daemon threads that are reused for a few seconds.
+"""Daemon threads that are reused for a few seconds, and locks that a fork waits for.
 
 A `ThreadPoolExecutor` does not fit: at exit Python waits for its threads, and so for every request that hangs.
 """
@@ -10,13 +10,21 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
-__all__ = ["run_in_thread"]
+__all__ = ["loading", "opening", "run_in_thread"]
 
 IDLE_SECONDS: Final = 5.0
 
 _idle: Final[deque["_Worker"]] = deque()
+opening: Final = threading.RLock()
+"""Held while httpx clients are opened and closed; reentrant, as garbage collection may close some at any point."""
+loading: Final = threading.RLock()
+"""Held while the offline scorer loads its model."""
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)  # a forked process has none of the threads
+    # A fork waits until other threads have opened and loaded theirs: the child could not finish their imports.
+    for _lock in (opening, loading):
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def run_in_thread(function: Callable[[], None]) -> None:

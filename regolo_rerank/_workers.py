@@ -11,11 +11,11 @@ left behind is a daemon thread, and ends with its request.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from regolo_rerank._call import Batch, Call
 from regolo_rerank._http import Connections, Reply
@@ -23,7 +23,7 @@ from regolo_rerank._retries import Pause, Send, Sleep, attempts
 from regolo_rerank._threads import run_in_thread
 from regolo_rerank.errors import RegoloError
 
-__all__ = ["run", "run_async", "run_async_in_order", "run_in_order"]
+__all__ = ["TasksInOrder", "run", "run_async", "run_in_order"]
 
 READ_AHEAD: Final = 4
 """Calls in progress per worker of `rerank_many`, so that a slow call leaves no worker idle."""
@@ -84,8 +84,14 @@ class _Threads:
         while not call.is_done:
             self._wait_until_done(call, call.seconds_left())
             if call.seconds_left() == 0.0:
-                call.fail(call.timeout_error())
-                self._start_workers()  # its workers may be stuck, and others take their places
+                self.fail(call, call.timeout_error())
+
+    def fail(self, call: Call, error: BaseException) -> None:
+        """End a call. Its workers may be stuck, so others take their places; those that sleep wake up and end."""
+        with self._changed:
+            call.fail(error)
+            self._changed.notify_all()
+        self._start_workers()
 
     def take_first(self, pending: deque[Call | RegoloError]) -> Call | RegoloError:
         """Wait for the first of some calls, and remove it."""
@@ -121,7 +127,7 @@ class _Threads:
             try:
                 self._drive(job)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                job.call.fail(error)
+                self.fail(job.call, error)
             with self._changed:
                 self._queue.finish(job)
                 self._changed.notify_all()
@@ -185,8 +191,11 @@ class _Tasks:
         while job is not None:
             try:
                 await self._drive(job)
-            except Exception as error:  # noqa: BLE001 - raised again in the caller's task
+            except BaseException as error:  # raised again in the caller's task
                 job.call.fail(error)
+                if not isinstance(error, Exception):  # somebody has cancelled this task
+                    raise
+                self._start_workers()  # in place of the call's other workers, which may be stuck
             finally:
                 self._queue.finish(job)
                 self._changed.set()
@@ -216,11 +225,11 @@ class _Tasks:
 def run(call: Call, connections: Connections, pause: Pause) -> None:
     """Send the batches of one call, and wait until it is done."""
     threads = _Threads(call.settings.options.max_concurrency, connections, pause)
-    threads.submit(call)
     try:
+        threads.submit(call)
         threads.wait(call)
     except BaseException as interrupt:
-        call.fail(interrupt)  # Ctrl-C: the workers send nothing more
+        threads.fail(call, interrupt)  # Ctrl-C: the workers send nothing more
         raise
 
 
@@ -276,37 +285,66 @@ def _is_done(call: Call | RegoloError) -> bool:
     return isinstance(call, RegoloError) or call.is_done
 
 
-async def run_async_in_order(
-    calls: AsyncIterator[Call | RegoloError], max_workers: int, connections: Connections, pause: Pause
-) -> AsyncGenerator[Call | RegoloError]:
-    """Send the batches of many calls, and yield each call when it is done, in order. Errors are passed through.
+class TasksInOrder:
+    """Sends the batches of many calls in tasks, and returns each call when it is done, in order.
 
-    A separate task reads the iterator, so that a slow source does not hold back a finished call.
+    A separate task reads the pairs, so that a slow source does not hold back a finished call. This is a class and not an
+    async generator, because the client's is one, and an event loop that ends closes all of them at the same time.
+
+    Args:
+        pairs: The caller's pairs.
+        begin: Returns the call for a pair, or its error, which is passed through.
+        max_workers: Maximum number of concurrent requests.
+        connections: The connections of the client.
+        pause: The pause after a 429.
     """
-    tasks = _Tasks(max_workers, connections, pause)
-    pending: asyncio.Queue[Call | RegoloError | None] = asyncio.Queue()
-    room = asyncio.Semaphore(max_workers * READ_AHEAD)
 
-    async def read() -> None:
+    def __init__(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        begin: Callable[[Any], Call | RegoloError],
+        max_workers: int,
+        connections: Connections,
+        pause: Pause,
+    ) -> None:
+        self._begin = begin
+        self._tasks = _Tasks(max_workers, connections, pause)
+        self._pending: asyncio.Queue[Call | RegoloError | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(max_workers * READ_AHEAD)
+        self._reader = asyncio.create_task(self._read(pairs))
+
+    async def _read(self, pairs: Iterable[Any] | AsyncIterable[Any]) -> None:
         try:
-            await room.acquire()
-            async for call in calls:
-                if isinstance(call, Call):
-                    tasks.submit(call)
-                pending.put_nowait(call)
-                await room.acquire()
+            await self._room.acquire()
+            if isinstance(pairs, AsyncIterable):
+                async for pair in pairs:
+                    await self._submit(pair)
+            else:
+                for pair in pairs:
+                    await self._submit(pair)
         finally:
-            pending.put_nowait(None)
+            self._pending.put_nowait(None)
 
-    reader = asyncio.create_task(read())
-    try:
-        while (call := await pending.get()) is not None:
-            if isinstance(call, Call):
-                await tasks.wait(call)
-            room.release()
-            yield call
-        await reader
-    finally:
-        reader.cancel()
-        await tasks.stop()
-        await asyncio.gather(reader, return_exceptions=True)
+    async def _submit(self, pair: Any) -> None:
+        """Start to send the batches of a pair, and wait until another pair may be read."""
+        call = self._begin(pair)
+        if isinstance(call, Call):
+            self._tasks.submit(call)
+        self._pending.put_nowait(call)
+        await self._room.acquire()
+
+    async def next(self) -> Call | RegoloError | None:
+        """Return the next call when it is done; None after the last one. Raises an exception of the pairs."""
+        call = await self._pending.get()
+        if call is None:
+            await self._reader
+        elif isinstance(call, Call):
+            await self._tasks.wait(call)
+        self._room.release()
+        return call
+
+    async def stop(self) -> None:
+        """Cancel all tasks, and wait until they have ended."""
+        self._reader.cancel()
+        await self._tasks.stop()
+        await asyncio.gather(self._reader, return_exceptions=True)

@@ -12,7 +12,7 @@ from collections.abc import (
     Mapping,
     MutableMapping,
 )
-from contextlib import aclosing, closing
+from contextlib import closing
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
@@ -280,7 +280,15 @@ class RegoloClient:
     ) -> list[float]: ...
 
     def score(
-        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+        self,
+        query: str,
+        documents: Iterable[Any],
+        *,
+        text: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores of N documents in the caller's order, for example as a column of a DataFrame.
 
@@ -290,13 +298,26 @@ class RegoloClient:
             query: The query, not blank.
             documents: N documents, as in `rerank`.
             text: As in `rerank`.
-            **options: `model`, `instruction`, `total_timeout` and `extra_body`, as in `rerank`.
+            model: As in `rerank`.
+            instruction: As in `rerank`.
+            total_timeout: As in `rerank`.
+            extra_body: As in `rerank`.
 
         Raises:
             RegoloError: As in `rerank`.
         """
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(everything.rerank(query, documents, text=text, **options))
+        return _in_input_order(
+            everything.rerank(
+                query,
+                documents,
+                text=text,
+                model=model,
+                instruction=instruction,
+                total_timeout=total_timeout,
+                extra_body=extra_body,
+            )
+        )
 
     @overload
     async def ascore(
@@ -309,11 +330,29 @@ class RegoloClient:
     ) -> list[float]: ...
 
     async def ascore(
-        self, query: str, documents: Iterable[Any], *, text: Any = None, **options: Unpack[CallOptions]
+        self,
+        query: str,
+        documents: Iterable[Any],
+        *,
+        text: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores as `score` does, without blocking the event loop."""
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(await everything.arerank(query, documents, text=text, **options))
+        return _in_input_order(
+            await everything.arerank(
+                query,
+                documents,
+                text=text,
+                model=model,
+                instruction=instruction,
+                total_timeout=total_timeout,
+                extra_body=extra_body,
+            )
+        )
 
     @overload
     def rerank_many(
@@ -443,14 +482,18 @@ class RegoloClient:
         self, settings: Settings, pairs: Any, text: Any, *, return_exceptions: bool
     ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
         _check_event_loop()
+        indices = itertools.count()
+
+        def begin(pair: object) -> Call | RegoloError:
+            return self._begin_pair(settings, next(indices), pair, text)
+
         workers = settings.options.max_concurrency
-        async with aclosing(_iterate(pairs)) as source:
-            indices = itertools.count()
-            calls = (self._begin_pair(settings, next(indices), pair, text) async for pair in source)
-            running = _workers.run_async_in_order(calls, workers, self._connections, self._pause(settings))
-            async with aclosing(running) as finished:
-                async for call in finished:
-                    yield _finish(call, return_exceptions=return_exceptions)
+        calls = _workers.TasksInOrder(pairs, begin, workers, self._connections, self._pause(settings))
+        try:
+            while (call := await calls.next()) is not None:
+                yield _finish(call, return_exceptions=return_exceptions)
+        finally:
+            await calls.stop()
 
     def _begin(self, settings: Settings, query: Any, documents: Any, text: Any) -> Call:
         """Check query and documents, and return their call."""
@@ -540,15 +583,6 @@ def _check_event_loop() -> None:
         raise InvalidInputError(
             "async calls need an asyncio event loop. Other loops, such as trio's, do not work"
         ) from None
-
-
-async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
 
 
 def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:

@@ -9,9 +9,7 @@ import asyncio
 import functools
 import inspect
 import math
-import os
 import re
-import threading
 import uuid
 from collections.abc import Iterator
 from importlib.metadata import distribution
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import httpx
 from pydantic_core import from_json, to_json
 
+from regolo_rerank._threads import loading
 from regolo_rerank._version import install_hint
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.options import Scorer
@@ -110,7 +109,7 @@ def local_scores(query: str, documents: list[str]) -> list[float]:
     Raises:
         InvalidInputError: WordLlama is not installed.
     """
-    with _loading:
+    with loading:
         model = _load_model()
     wanted = _vector(model, _tokens(model, query))
     return [0.0 if wanted is None else _score(model, wanted, document) for document in documents]
@@ -167,9 +166,3 @@ def _load_model() -> _Model:
         Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json")),
         load_file(folder / "weights" / "l2_supercat_256.safetensors")["embedding.weight"].astype("float32"),
     )
-
-
-_loading: Final = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    # A fork waits until another thread has loaded the model: the child could not finish the other thread's imports.
-    os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release)
