@@ -67,10 +67,10 @@ def test_a_wrong_key_in_the_environment_is_named_and_not_shown(
 @pytest.mark.parametrize(
     ("reply", "advice"),
     [
-        (error("no such key", 401), r"\[HTTP 401\]; check the API key: api_key, or .* REGOLO_API_KEY"),
+        (error("no such key", 401), r"\[HTTP 401\]. Check the API key: api_key, or .* REGOLO_API_KEY"),
         (error("not found", 404), r"; there is no rerank endpoint at {url}: check base_url"),
         (Reply({"detail": "Method Not Allowed"}, 405), r"; there is no rerank endpoint at {url}: check base_url"),
-        (Reply(b"<!doctype html><p>Hello"), r"a web page answered at {url}; check base_url"),
+        (Reply(b"<!doctype html><p>Hello"), r"a web page answered at {url}, so check base_url"),
     ],
 )
 def test_an_error_says_what_to_check(call: Call, client: RegoloClient, stub: Stub, reply: Reply, advice: str) -> None:

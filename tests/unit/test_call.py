@@ -174,7 +174,7 @@ def test_a_request_may_be_as_large_as_the_limit() -> None:
 
 def test_a_query_that_fills_a_request_is_rejected() -> None:
     """If not even an empty list of documents fits, no request is possible."""
-    with pytest.raises(InvalidInputError, match=r"^query: .* larger than max_request_bytes=200; shorten it"):
+    with pytest.raises(InvalidInputError, match=r"^query: .* larger than max_request_bytes=200. Shorten it"):
         begin(["a"], "q" * 200, max_request_bytes=200)
     assert begin([" "], "q" * 200, max_request_bytes=200).batches == []
 
@@ -285,7 +285,7 @@ def test_an_echo_may_be_anything_but_another_document(echoes: list[str | None]) 
     results = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
     call.accept(batch, reply_of({"results": results}))
     assert call.is_done
-    for wrong, problem in ((1, "document 1 comes back with the text of document 0"), (0, "document 0 .* document 1")):
+    for wrong, problem in ((1, "document 1 has the text of document 0"), (0, "document 0 .* document 1")):
         results[wrong]["document"] = f"D: {'ba'[wrong]}"
         with pytest.raises(APIResponseError, match=problem):
             call.accept(batch, reply_of({"results": results}))
@@ -309,21 +309,21 @@ def test_an_echo_may_be_anything_but_another_document(echoes: list[str | None]) 
 def test_over_the_context_length_the_longest_text_is_named(query: str, options: dict[str, Any], longest: str) -> None:
     """The error keeps the server's message, and adds which text to shorten and the option that helps."""
     call = begin(["a", "", "b" * 30, "c"], query, **options)
-    with pytest.raises(ContextLengthError, match=rf"length is 8 \[HTTP 400\]; the longest text is {longest}"):
+    with pytest.raises(ContextLengthError, match=rf"length is 8 \[HTTP 400\]. The longest text is {longest}"):
         call.accept(call.batches[0], reply_of({"error": "maximum context length is 8"}, 400))
 
 
 def test_an_instruction_that_is_not_sent_is_not_the_longest_text() -> None:
     """The default instruction is longer than many queries, and plain formats do not send it."""
     call = begin(["a"], "a short query")
-    with pytest.raises(ContextLengthError, match="the longest text is the query with 13 characters"):
+    with pytest.raises(ContextLengthError, match="The longest text is the query with 13 characters"):
         call.accept(call.batches[0], reply_of({"error": "context_length_exceeded"}, 413))
 
 
 def test_a_limit_on_documents_per_request_names_batch_size() -> None:
     """TEI rejects more documents than it was started for."""
     call = begin(["a"])
-    with pytest.raises(BadRequestError, match=r"\[HTTP 422\]; set batch_size to the server's limit$"):
+    with pytest.raises(BadRequestError, match=r"\[HTTP 422\]. Set batch_size to the server's limit$"):
         call.accept(call.batches[0], reply_of({"error": "batch size 90 > maximum allowed batch size 32"}, 422))
 
 

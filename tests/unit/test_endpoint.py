@@ -59,7 +59,7 @@ def test_the_host_is_for_messages() -> None:
 ASCII = "must contain only printable ASCII"
 SCHEME = "must start with https:// or http://, or be local://"
 HOST = "must contain a host name"
-USER = "must not contain a user, password or fragment; pass the key as api_key"
+USER = "must not contain a user, password or fragment. Pass the key as api_key"
 
 
 @pytest.mark.parametrize(

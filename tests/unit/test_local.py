@@ -224,4 +224,4 @@ def test_without_its_packages_the_error_says_what_to_install(tmp_path: Path) -> 
     message = run(WITHOUT_ITS_PACKAGES, tmp_path)
     assert message.startswith("base_url: local:// needs WordLlama: ")
     assert "[local]" in message
-    assert message.endswith("; or pass a scorer")
+    assert message.endswith(". Or pass a scorer")

@@ -246,7 +246,7 @@ def test_the_request_id_is_that_of_the_gateway() -> None:
         ("", "not JSON: ''", True),
         ('{"results": [{"index": 0, "relevance_score": 0.5}]', 'not JSON: \'{"results"', True),
         ("[" * 100_000, "not JSON", True),
-        (" \n<!doctype html>", f"a web page answered at {URL}; check base_url", False),
+        (" \n<!doctype html>", f"a web page answered at {URL}, so check base_url", False),
         ("{}", "must contain a list of results, got an empty object", False),
         ("null", "must contain a list of results, got null", False),
         ('"' + "x" * 99 + '"', f'got "{"x" * 59}', False),
@@ -345,10 +345,10 @@ def test_a_long_error_is_clipped() -> None:
     ("status", "headers", "text"),
     [
         (500, {"x-request-id": "call-1"}, "m [HTTP 500, request call-1]"),
-        (401, {}, "m [HTTP 401]; check the API key: api_key, or the environment variable REGOLO_API_KEY"),
-        (404, {}, f"m [HTTP 404]; there is no rerank endpoint at {URL}: check base_url"),
-        (405, {}, f"m [HTTP 405]; there is no rerank endpoint at {URL}: check base_url"),
-        (308, {"location": "https://b/"}, "the server redirects to https://b/; redirects are not"),
+        (401, {}, "m [HTTP 401]. Check the API key: api_key, or the environment variable REGOLO_API_KEY"),
+        (404, {}, f"m [HTTP 404]. No rerank endpoint at {URL}: check base_url"),
+        (405, {}, f"m [HTTP 405]. No rerank endpoint at {URL}: check base_url"),
+        (308, {"location": "https://b/"}, "the server redirects to https://b/. Redirects are not"),
     ],
 )
 def test_an_error_says_what_to_do(status: int, headers: dict[str, str], text: str) -> None:

@@ -186,7 +186,7 @@ def test_a_wait_beyond_total_timeout_is_not_begun(clock: Clock) -> None:
     loop = Loop(clock, total_timeout=20.0)
     error = loop.fail(refusal(30))
     assert type(error) is RateLimitError
-    assert str(error).startswith("slow down [HTTP 429]; another attempt in 30.")
+    assert str(error).startswith("slow down [HTTP 429]. Another attempt in 30.")
     assert str(error).endswith(" s would exceed total_timeout=20 s")
     assert error.retry_after == 30
     assert loop.slept == []
