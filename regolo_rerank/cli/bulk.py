@@ -137,21 +137,20 @@ def run(source: str, out: str, *, retry_errors: bool, text_field: str, title_fie
         tally.digest = _digest(json.dumps([server_of(options), text_field, title_field, determining], sort_keys=True))
         lines = _read(stream, source, text_field, title_field, tally)
         finished = _finished(path, lines, source, tally.digest)
-        resume = "Repeat the same command to resume at line"
         try:
             if retry_errors:
                 _retry(client, path, finished, tally)
             else:
                 _resume(client, path, finished, lines, tally)
-        except KeyboardInterrupt:
-            tally.print()
-            say(f"interrupted. {resume} {tally.next_line}.")
-            raise
         except InvalidInputError:
             raise
-        except RegoloError as error:
+        except (KeyboardInterrupt, RegoloError) as error:
             tally.print()
-            raise RegoloError(f"stopped: {error}. {resume} {tally.next_line}.") from error
+            resume = f"Repeat the same command to resume at line {tally.next_line}."
+            if isinstance(error, RegoloError):
+                raise RegoloError(f"stopped: {error}. {resume}") from error
+            say(f"interrupted. {resume}")
+            raise
         tally.print()
     return 1 if tally.failed or tally.incomplete else 0
 

@@ -39,10 +39,9 @@ _OTHER_TASK: Final = "Given the name of a dish, retrieve recipes"
 _PACKAGES: Final = ("httpx", "pydantic", "langchain-core", "llama-index-core")
 _LIMITS: Final = re.compile(r"x-ratelimit-.*|x-litellm-key-.*|retry-after.*")
 _ADVICE: Final[dict[type[errors.RegoloError], str]] = {
-    errors.AuthenticationError: "Check the key in REGOLO_API_KEY, and whether it belongs to this server.",
+    errors.AuthenticationError: "It may belong to another server.",
     errors.PermissionDeniedError: "Check whether this key may use this model.",
     errors.BadRequestError: "Check --model.",
-    errors.NotFoundError: "Check --base-url and --model.",
     errors.APIConnectionError: "Check --base-url, the network and the proxy.",
 }
 

@@ -20,11 +20,11 @@ __all__ = ["Parser", "UsageError", "add_client", "add_server", "open_client", "s
 _FLAGS: Final = {"score_threshold": "--threshold", "default_headers": "--header", "api_key": API_KEY_VARIABLE}
 """Client options that have another name in the shell."""
 _PHRASES: Final = {
-    r"""(pass |set )?api_key=(''|"")""": "add --no-key",
-    r"""(pass |set )?base_url=['"]local://['"]""": "add --local",
-    r"(pass |set )?allow_http=True": "add --allow-http",
+    r"""(?i)(pass |set )?api_key=(''|"")""": "add --no-key",
+    r"""(?i)(pass |set )?base_url=['"]local://['"]""": "add --local",
+    r"(?i)(pass |set )?allow_http=True": "add --allow-http",
     r"api_key, or the environment": "the environment",
-    r" or pass api_key|, and long_documents='split' to score all of it": "",
+    r"(?i) or pass api_key|[.;] or pass a scorer|, and long_documents='split' to score all of it": "",
 }
 _NAMES: Final = "|".join(Options.model_fields)
 _SPELT: Final = "|".join(["text_field", "title_field", *(name for name in Options.model_fields if "_" in name)])
@@ -84,7 +84,8 @@ def _number(kind: type[int] | type[float], least: float, word: str = "") -> Call
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {name}, got {text!r}") from None
         if not number >= least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+            limit = f"at least {least}" if least > float("-inf") else "a number"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
         return number
 
     return read

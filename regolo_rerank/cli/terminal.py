@@ -58,9 +58,8 @@ def print_json(fields: Any) -> None:
 
 def progress_bar() -> Progress:
     """Return a progress bar on standard error. It is shown on a terminal only, and disappears at the end."""
-    console = err()
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=err(), transient=True)
 
 
 def announce_input(file: str, what: str) -> None:

@@ -187,14 +187,16 @@ def test_a_key_that_is_not_set_is_not_blamed(at_stub: Stub, run: Run, monkeypatc
     at_stub.always(error("no", 401))
     rejected = run("check")
     assert rejected.status == 1
-    assert "Check the key in REGOLO_API_KEY" in " ".join(rejected.out.split())
+    assert "Check the API key: the environment variable REGOLO_API_KEY. It may belong to another server." in " ".join(
+        rejected.out.split()
+    )
     for arguments in (["--no-key"], []):
         if not arguments:
             monkeypatch.delenv("REGOLO_API_KEY")
         done = run("check", *arguments)
         assert done.status == 1
         assert done.out.startswith("No key was sent, and the server requires one: set the environment variable")
-        assert "Check the key" not in done.out
+        assert "Check the API key" not in done.out
 
 
 def test_without_a_connection_the_address_is_blamed(run: Run) -> None:

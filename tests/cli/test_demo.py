@@ -12,6 +12,7 @@ from tests.cli.conftest import Run
 from tests.support.stub import Stub
 
 
+@pytest.mark.timeout(180)  # it measures 100 questions
 def test_without_a_key_the_demo_runs_on_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question ends with the change of its module, and the right module is first after reranking."""
 

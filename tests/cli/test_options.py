@@ -58,7 +58,7 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
     [
         (["rank", "q", "--top-n", "0"], "--top-n must be at least 1, got 0 (see regolo-rerank rank --help)"),
         (["rank", "q", "--top-n", "x"], "--top-n must be a whole number, got 'x'"),
-        (["rank", "q", "--threshold", "nan"], "--threshold must be at least -inf, got nan"),
+        (["rank", "q", "--threshold", "nan"], "--threshold must be a number, got nan"),
         (["check", "--max-retries", "-1"], "--max-retries must be at least 0, got -1"),
         (["check", "--timeout", "0"], "--timeout must be at least 0.001, got 0"),
         (["check", "--topn", "3"], "unknown argument --topn (see regolo-rerank check --help)"),
@@ -124,6 +124,8 @@ def test_messages_of_the_library_are_translated() -> None:
     assert shell_words("model: must not be blank") == "--model: must not be blank"
     assert shell_words("use another model, or raise total_timeout") == "use another model, or raise --total-timeout"
     assert shell_words("score_threshold: x; set base_url='local://'") == "--threshold: x; add --local"
+    assert shell_words("x. Check api_key, or the environment variable K") == "x. Check the environment variable K"
+    assert shell_words("pip install x. Or pass a scorer") == "pip install x"
     assert shell_words("pass api_key='' or set allow_http=True") == "add --no-key or add --allow-http"
 
 
