@@ -278,7 +278,7 @@ def run_in_order(
     finally:
         for call in pending:
             if isinstance(call, Call):
-                call.fail(GeneratorExit())  # the workers send nothing more
+                threads.fail(call, GeneratorExit())  # the workers send nothing more
 
 
 def _is_done(call: Call | RegoloError) -> bool:
@@ -288,8 +288,8 @@ def _is_done(call: Call | RegoloError) -> bool:
 class TasksInOrder:
     """Sends the batches of many calls in tasks, and returns each call when it is done, in order.
 
-    A separate task reads the pairs, so that a slow source does not hold back a finished call. This is a class and not
-    an async generator, because the client's is one, and an event loop that ends closes all of them at the same time.
+    A separate task reads the pairs, so that a slow source does not hold back a finished call. This is no async
+    generator, because the client's is one, and an event loop that ends closes all of them at the same time.
 
     Args:
         pairs: The caller's pairs.

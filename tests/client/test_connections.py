@@ -279,7 +279,7 @@ client.rerank("q", ["a", "b"])
 asyncio.run(client.arerank("q", ["a", "b"]))
 """
     done = subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-X", "dev", "-c", code, stub.url], capture_output=True, text=True, check=False, timeout=50
+        [sys.executable, "-W", "always", "-c", code, stub.url], capture_output=True, text=True, check=False, timeout=50
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -1,5 +1,6 @@
 """Calls that end early: cancelled tasks, Ctrl-C, and what is left of them; context variables of the caller."""
 
+import _thread
 import asyncio
 import contextvars
 import gc
@@ -146,6 +147,30 @@ def test_ctrl_c_ends_a_call_and_leaves_the_client_usable(fault: Any, batch_size:
         printed, errors = process.communicate("\n", timeout=20)
         assert (printed, "Traceback" in errors) == ("[1, 0]\n", False)
         assert len(server.received) == sent + (2 if batch_size == 1 else 1)
+
+
+def test_after_ctrl_c_nothing_more_is_sent() -> None:
+    """Workers that are busy at the interrupt finish their requests, and take no others."""
+    caught = threading.Event()
+    called: list[str] = []
+
+    def scorer(_query: str, documents: list[str]) -> list[float]:
+        called.extend(documents)
+        if len(called) == 1:
+            _thread.interrupt_main()
+        caught.wait(20)
+        return [0.0]
+
+    client = RegoloClient(base_url="local://", scorer=scorer, batch_size=1, max_concurrency=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            client.rerank("q", texts(9))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    caught.set()
+    time.sleep(0.2)
+    assert len(called) <= 2
 
 
 INTERRUPTED_LOOP = """

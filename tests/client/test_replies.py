@@ -105,7 +105,7 @@ def test_a_ranking_of_something_else_is_an_error(call: Call) -> None:
     for result in swapped["results"]:
         result["index"] = (result["index"] + 1) % 3
     fault = sends(http(json.dumps(swapped).encode()))
-    with FaultServer(usual=fault) as server, pytest.raises(APIResponseError, match="has the text of"):
+    with FaultServer(usual=fault) as server, pytest.raises(APIResponseError, match="has the text of document"):
         call(RegoloClient(KEY, base_url=server.url).rerank, "q", TEXTS)
 
 

@@ -156,7 +156,9 @@ def test_a_failed_call_sends_nothing_more(call: Call, stub: Stub, caplog: pytest
     )
 
 
-def test_a_worker_that_sleeps_ends_with_its_call(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_sleeps_ends_with_its_call(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A thread that waits 30 s for its next attempt does not outlive a call that has failed elsewhere."""
     monkeypatch.setattr("regolo_rerank._threads.IDLE_SECONDS", 0.05)
     assert soon(lambda: not threads(), within=30)
@@ -176,7 +178,9 @@ def test_a_worker_that_sleeps_ends_with_its_call(stub: Stub, monkeypatch: pytest
             client.rerank("q", texts(2), total_timeout=0.5)
         stub.reply = lambda request: reply(request) if "0" in request.json["query"] else scored(request)
         many = client.rerank_many([("q", texts(1)), ("0", texts(1))])
+        caplog.clear()
         next(many)
+        assert soon(lambda: "next in 30" in caplog.text)
         many.close()
         assert soon(lambda: not threads(), within=15)
 
