@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,19 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
 from regolo_rerank.langchain import RerankRetriever
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
-from tests.adapters.helpers import QUERY, Adapter, Events, Everything, Rerank, Way, appended, documents, nodes
+from tests.adapters.helpers import (
+    QUERY,
+    Adapter,
+    Events,
+    Everything,
+    Rerank,
+    Way,
+    appended,
+    aranked,
+    documents,
+    nodes,
+    ranked,
+)
 from tests.conftest import KEY
 from tests.support.modes import Call
 from tests.support.stub import Stub
@@ -47,10 +60,10 @@ def rerank(call: Call) -> Rerank:
     """Call an adapter, sync and async."""
 
     def rerank(adapter: Adapter, items: Any = None, query: str = QUERY, *, handler: Any = None) -> list[Any]:
-        if isinstance(adapter, LangChainRerank):
-            callbacks = [] if handler is None else [handler]
-            return list(call(adapter.compress_documents, documents() if items is None else items, query, callbacks))
-        return call(adapter.postprocess_nodes, nodes() if items is None else items, query_str=query)
+        if items is None:
+            items = documents() if isinstance(adapter, LangChainRerank) else nodes()
+        arguments = (adapter, items, query, [] if handler is None else [handler])
+        return asyncio.run(aranked(*arguments)) if call.mode == "async" else ranked(*arguments)
 
     return rerank
 

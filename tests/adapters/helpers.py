@@ -90,6 +90,20 @@ def items_for(adapter: Adapter, texts: list[str]) -> list[Any]:
     return nodes(texts)
 
 
+def ranked(adapter: Adapter, items: list[Any], query: str = QUERY, callbacks: Any = None) -> list[Any]:
+    """Rerank documents or nodes."""
+    if isinstance(adapter, LangChainRerank):
+        return adapter.compress_documents(items, query, callbacks)
+    return adapter.postprocess_nodes(items, query_str=query)
+
+
+async def aranked(adapter: Adapter, items: list[Any], query: str = QUERY, callbacks: Any = None) -> list[Any]:
+    """Rerank documents or nodes by the async method."""
+    if isinstance(adapter, LangChainRerank):
+        return await adapter.acompress_documents(items, query, callbacks)
+    return await adapter.apostprocess_nodes(items, query_str=query)
+
+
 def ids_of(items: list[Any]) -> list[str]:
     """Return the ids of documents or nodes."""
     return [item.node_id if isinstance(item, NodeWithScore) else item.id for item in items]
@@ -98,6 +112,12 @@ def ids_of(items: list[Any]) -> list[str]:
 def texts_of(items: list[Any]) -> list[str]:
     """Return the texts of documents or nodes."""
     return [item.text if isinstance(item, NodeWithScore) else item.page_content for item in items]
+
+
+def metadata_of(item: Any) -> dict[str, Any]:
+    """Return the metadata of a document or node."""
+    metadata: dict[str, Any] = (item.node if isinstance(item, NodeWithScore) else item).metadata
+    return metadata
 
 
 def scores_of(items: list[Any]) -> list[float | None]:

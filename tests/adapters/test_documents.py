@@ -5,17 +5,22 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import TextNode
 
 from regolo_rerank import InvalidInputError
-from tests.adapters.helpers import BEST, QUERY, TEXTS, Adapter, Rerank, ids_of, items_for, scores_of, texts_of
+from tests.adapters.helpers import (
+    BEST,
+    QUERY,
+    TEXTS,
+    Adapter,
+    Rerank,
+    ids_of,
+    items_for,
+    metadata_of,
+    scores_of,
+    texts_of,
+)
 from tests.support.stub import Stub
-
-
-def metadata_of(item: Any) -> dict[str, Any]:
-    """Return the metadata of a document or node."""
-    metadata: dict[str, Any] = (item.node if isinstance(item, NodeWithScore) else item).metadata
-    return metadata
 
 
 def test_the_best_come_first_with_their_scores(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
@@ -54,12 +59,6 @@ def test_equal_texts_are_all_kept(rerank: Rerank, adapter: Adapter, stub: Stub) 
     kept = rerank(adapter, items_for(adapter, ["b score=0.9", "a score=0.1", "b score=0.9"]))
     assert ids_of(kept) == ["0", "2", "1"]
     assert stub.documents == [["b score=0.9", "a score=0.1"]]
-
-
-@pytest.mark.parametrize("kind", [tuple, iter])
-def test_tuples_and_iterators_are_accepted(rerank: Rerank, adapter: Adapter, kind: Any) -> None:
-    """The items may come in a tuple, and LangChain's in an iterator. LlamaIndex itself requires a list of nodes."""
-    assert texts_of(rerank(adapter, kind(items_for(adapter, TEXTS)))) == BEST
 
 
 def test_an_empty_list_sends_nothing(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:

@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from pydantic import ConfigDict
 
-from regolo_rerank import InvalidInputError, RerankFallbackWarning, ServerError
+from regolo_rerank import InvalidInputError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank
 from tests.adapters.helpers import DOWN, Everything, documents, texts_of
 from tests.conftest import KEY
@@ -152,14 +152,6 @@ def test_rerank_rejects_documents_without_a_text(
     with pytest.raises(InvalidInputError, match=problem):
         call(langchain.rerank, ["a", document], "q")
     assert stub.received == []
-
-
-def test_rerank_raises_whatever_on_error_is(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
-    """Indices need scores, so there is nothing to fall back to."""
-    langchain.on_error = "return_input"
-    stub.always(DOWN)
-    with pytest.raises(ServerError, match="down"):
-        call(langchain.rerank, documents(), "q")
 
 
 def test_the_key_has_a_second_name(call: Call, stub: Stub) -> None:

@@ -220,16 +220,16 @@ def test_a_dump_names_its_class(llama_index: RegoloRerank) -> None:
         RegoloRerank.from_dict({"clas_name": "RegoloRerank"})
 
 
-# --- callbacks --------------------------------------------------------------------------------------------------------
-
-
-def test_callbacks_show_input_and_result(call: Call, llama_index: RegoloRerank) -> None:
+def test_callbacks_show_input_result_and_error(call: Call, llama_index: RegoloRerank, stub: Stub) -> None:
     """A callback manager that is assigned later sees nodes, model, query and top_k, and the nodes that were kept."""
     handler = LlamaDebugHandler(print_trace_on_end=False)
     llama_index.callback_manager = CallbackManager([handler])
     given = nodes()
     kept = call(llama_index.postprocess_nodes, given, query_str=QUERY)
-    ((start, end),) = handler.get_event_pairs(CBEventType.RERANKING)
+    stub.always(error("no such key", 401))
+    with pytest.raises(AuthenticationError) as raised:
+        call(llama_index.postprocess_nodes, given, query_str=QUERY)
+    (start, end), (_, failed) = handler.get_event_pairs(CBEventType.RERANKING)
     assert start.payload == {
         EventPayload.NODES: given,
         EventPayload.MODEL_NAME: "Qwen3-Reranker-4B",
@@ -238,14 +238,4 @@ def test_callbacks_show_input_and_result(call: Call, llama_index: RegoloRerank) 
     }
     assert end.payload is not None
     assert end.payload[EventPayload.NODES] == kept
-
-
-def test_callbacks_show_the_end_of_a_failed_call(call: Call, llama_index: RegoloRerank, stub: Stub) -> None:
-    """The error ends the event, which holds it, and no other event is left open."""
-    handler = LlamaDebugHandler(print_trace_on_end=False)
-    llama_index.callback_manager = CallbackManager([handler])
-    stub.always(error("no such key", 401))
-    with pytest.raises(AuthenticationError) as raised:
-        call(llama_index.postprocess_nodes, nodes(), query_str="q")
-    ((_, end),) = handler.get_event_pairs(CBEventType.RERANKING)
-    assert end.payload == {EventPayload.EXCEPTION: raised.value}
+    assert failed.payload == {EventPayload.EXCEPTION: raised.value}

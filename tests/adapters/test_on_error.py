@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,18 @@ from regolo_rerank import (
     ServerError,
 )
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
-from tests.adapters.helpers import DOWN, QUERY, TEXTS, Adapter, Rerank, documents, items_for
+from tests.adapters.helpers import (
+    DOWN,
+    QUERY,
+    TEXTS,
+    Adapter,
+    Rerank,
+    aranked,
+    documents,
+    items_for,
+    metadata_of,
+    ranked,
+)
 from tests.support.faults import FaultServer, http, stalls, trickles
 from tests.support.modes import Call
 from tests.support.stub import Reply, Stub, error, results
@@ -129,9 +140,9 @@ def test_a_blank_query_falls_back(rerank: Rerank, adapter: Adapter, stub: Stub) 
     given = items_for(adapter, TEXTS)
     with pytest.raises(InvalidInputError, match="query: must not be blank"):
         rerank(adapter, given, " ")
-    adapter.on_error = "return_input"
-    with pytest.warns(RerankFallbackWarning, match="query: must not be blank"):
-        assert rerank(adapter, given, " ") == given[:2]
+    adapter.on_error, adapter.top_n = "return_input", None
+    with pytest.warns(RerankFallbackWarning, match=r"the first 3 of 3 documents.*query: must not be blank"):
+        assert rerank(adapter, given, " ") == given
     assert stub.received == []
 
 
@@ -147,10 +158,9 @@ def test_a_fallback_removes_an_earlier_score(
     if not isinstance(falling_back, LangChainRerank):
         given = NodeWithScore(node=TextNode(text="a", id_="1", metadata=dict(metadata)), score=0.8)
     with pytest.warns(RerankFallbackWarning):
-        kept: Any = rerank(falling_back, [given])[0]
-    kept, given = (getattr(item, "node", item) for item in (kept, given))
-    assert kept.metadata == ({"source": "x"} if key == "relevance_score" else metadata)
-    assert (type(kept), given.metadata) == (type(given), metadata)
+        (kept,) = rerank(falling_back, [given])
+    assert metadata_of(kept) == ({"source": "x"} if key == "relevance_score" else metadata)
+    assert metadata_of(given) == metadata
 
 
 @pytest.mark.anyio
@@ -214,24 +224,16 @@ def test_total_timeout_bounds_concurrent_fallbacks(call: Call, falling_back: Ada
     """16 calls at once all have their answers in time, in threads and in an event loop."""
     falling_back.total_timeout, falling_back.max_retries = 0.3, 3
     given = items_for(falling_back, TEXTS)
-    method: Callable[..., Any]
-    arguments: dict[str, Any]
-    if isinstance(falling_back, LangChainRerank):
-        method, arguments = falling_back.compress_documents, {"query": QUERY}
-    else:
-        method, arguments = falling_back.postprocess_nodes, {"query_str": QUERY}
 
     def in_threads() -> list[Any]:
         with ThreadPoolExecutor(16) as threads:
-            return list(threads.map(lambda _: method(given, **arguments), range(16)))
+            return list(threads.map(lambda _: ranked(falling_back, given), range(16)))
 
-    async def in_tasks() -> list[Any]:
-        amethod = getattr(falling_back, f"a{method.__name__}")
-        return await asyncio.gather(*(amethod(given, **arguments) for _ in range(16)))
+    async def in_tasks() -> Any:
+        return await asyncio.gather(*(aranked(falling_back, given) for _ in range(16)))
 
     with FaultServer(usual=SLOW[fault]) as server:
-        falling_back.base_url = server.url
-        started = time.monotonic()
+        falling_back.base_url, started = server.url, time.monotonic()
         with pytest.warns(RerankFallbackWarning):
             kept = asyncio.run(in_tasks()) if call.mode == "async" else in_threads()
     assert [len(items) for items in kept] == [2] * 16
@@ -239,11 +241,11 @@ def test_total_timeout_bounds_concurrent_fallbacks(call: Call, falling_back: Ada
 
 
 def test_total_timeout_of_one_call(call: Call, langchain: LangChainRerank) -> None:
-    """A step's `total_timeout` bounds its fallback, with a reranker that has no limit."""
+    """`total_timeout` and `top_n` of a step apply to its fallback, with a reranker that has no limit."""
     langchain.on_error, langchain.total_timeout = "return_input", None
     with FaultServer(usual=SLOW["hangs"]) as server:
         langchain.base_url = server.url
         step: Any = langchain.as_runnable()
         with pytest.warns(RerankFallbackWarning, match="APITimeoutError"):
-            kept = call(step.invoke, {"query": QUERY, "documents": documents()}, total_timeout=0.2)
-    assert len(kept) == 2
+            kept = call(step.invoke, {"query": QUERY, "documents": documents()}, total_timeout=0.2, top_n=1)
+    assert len(kept) == 1

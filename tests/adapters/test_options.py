@@ -12,7 +12,7 @@ import pytest
 
 from regolo_rerank import InvalidInputError, RateLimitError, RerankFallbackWarning, __version__
 from regolo_rerank.langchain import RegoloRerank as LangChainRerank
-from tests.adapters.helpers import DOWN, TEXTS, Adapter, Rerank, documents, items_for, scores_of
+from tests.adapters.helpers import DOWN, TEXTS, Adapter, Rerank, aranked, documents, items_for, ranked, scores_of
 from tests.conftest import KEY
 from tests.support.stub import Reply, Stub, scored, together
 
@@ -61,11 +61,10 @@ def test_a_wrong_option_is_rejected_by_name(
 def test_requests_name_package_and_framework(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
     """The User-Agent has the version of each."""
     rerank(adapter)
-    framework = (
-        f"langchain-core/{langchain_core.__version__}"
-        if isinstance(adapter, LangChainRerank)
-        else f"llama-index-core/{llama_index.core.__version__}"
+    name, module = (
+        ("langchain", langchain_core) if isinstance(adapter, LangChainRerank) else ("llama-index", llama_index.core)
     )
+    framework = f"{name}-core/{module.__version__}"
     assert stub.received[0].headers["user-agent"] == f"regolo_rerank/{__version__} {framework}"
 
 
@@ -103,16 +102,9 @@ def test_a_copy_has_options_of_its_own(
 def test_copies_share_connections_and_cache(adapter: Adapter, stub: Stub, copied: Callable[..., Adapter]) -> None:
     """A copy per request opens no connection, and finds scores that another copy has cached."""
     adapter.cache = {}
-
-    def one(reranker: Adapter, texts: list[str]) -> None:
-        items = items_for(reranker, texts)
-        if isinstance(reranker, LangChainRerank):
-            reranker.compress_documents(items, "q")
-        else:
-            reranker.postprocess_nodes(items, query_str="q")
-
     for number in range(5):
-        one(copied(adapter, top_n=1, api_key=f"sk-tenant-{number}"), [f"text {number}", "shared"])
+        copy = copied(adapter, top_n=1, api_key=f"sk-tenant-{number}")
+        ranked(copy, items_for(copy, [f"text {number}", "shared"]))
     assert stub.connections == 1
     assert stub.documents == [["text 0", "shared"], *([f"text {number}"] for number in range(1, 5))]
 
@@ -163,11 +155,7 @@ async def test_async_calls_run_at_once_without_threads(adapter: Adapter, stub: S
         return answer(request)
 
     stub.reply = reply
-    given = items_for(adapter, TEXTS)
-    if isinstance(adapter, LangChainRerank):
-        kept: list[Any] = await asyncio.gather(*(adapter.acompress_documents(given, "q") for _ in range(20)))
-    else:
-        kept = await asyncio.gather(*(adapter.apostprocess_nodes(given, query_str="q") for _ in range(20)))
+    kept = await asyncio.gather(*(aranked(adapter, items_for(adapter, TEXTS)) for _ in range(20)))
     assert [scores_of(items) for items in kept] == [[0.9, 0.5]] * 20
     assert {name for name in started - before if "process_request" not in name} == set()
 
@@ -188,15 +176,11 @@ async def test_sixteen_tenants_never_cross_keys(adapter: Adapter, stub: Stub) ->
     stub.reply = reply
 
     async def one(tenant: int) -> None:
-        copy, given = adapter.with_options(api_key=f"sk-tenant-{tenant}"), items_for(adapter, TEXTS)
-        if isinstance(copy, LangChainRerank):
-            step = adapter.as_runnable()  # type: ignore[union-attr]
-            if tenant % 2:
-                await step.ainvoke({"query": str(tenant), "documents": given}, api_key=f"sk-tenant-{tenant}")
-            else:
-                await copy.acompress_documents(given, str(tenant))
+        key, given = f"sk-tenant-{tenant}", items_for(adapter, TEXTS)
+        if tenant % 2 and isinstance(adapter, LangChainRerank):
+            await adapter.as_runnable().ainvoke({"query": str(tenant), "documents": given}, api_key=key)
         else:
-            await copy.apostprocess_nodes(given, query_str=str(tenant))
+            await aranked(adapter.with_options(api_key=key), given, str(tenant))
 
     await asyncio.gather(*(one(tenant) for tenant in range(16)))
     sent = [(request.json["query"], request.headers["authorization"]) for request in stub.received]

@@ -12,13 +12,13 @@ from langchain_core.tools import create_retriever_tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from pydantic import SecretStr, ValidationError
 
-from regolo_rerank import AuthenticationError, InvalidInputError, RerankFallbackWarning
+from regolo_rerank import InvalidInputError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank, RerankRetriever
 from tests.adapters.helpers import BEST, QUERY, Everything, documents, runs_in, texts_of, tree
 from tests.adapters.test_runnable import ARGUMENTS, WAYS, TopOne
 from tests.conftest import KEY
 from tests.support.modes import Call
-from tests.support.stub import Received, Reply, Stub, error, scored
+from tests.support.stub import Received, Reply, Stub, scored
 
 Retriever = Any
 """`RerankRetriever`, whose `invoke` LangChain types without further arguments."""
@@ -153,17 +153,6 @@ def test_retrieval_and_rerank_are_child_runs(call: Call, retriever: Retriever) -
     (run,) = runs_in([root])
     assert "rag" in (run.tags or [])
     assert texts_of((run.outputs or {})["documents"]) == BEST
-
-
-def test_a_failed_rerank_fails_the_retriever(call: Call, retriever: Retriever, stub: Stub) -> None:
-    """The error is the package's own, and both runs have it."""
-    stub.always(error("no such key", 401))
-    trace = RunCollectorCallbackHandler()
-    with pytest.raises(AuthenticationError):
-        call(retriever.invoke, QUERY, {"callbacks": [trace]})
-    (root,) = trace.traced_runs
-    assert "AuthenticationError" in str(root.error)
-    assert ["AuthenticationError" in str(run.error) for run in root.child_runs] == [False, True]
 
 
 @pytest.mark.anyio

@@ -2,9 +2,9 @@
 
 import asyncio
 import pickle
+import uuid
 from collections.abc import Callable
-from operator import itemgetter
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from langchain_core.documents import Document
@@ -20,9 +20,9 @@ from langchain_core.runnables import (
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from pydantic import SecretStr, ValidationError
 
-from regolo_rerank import InvalidInputError, RerankFallbackWarning
+from regolo_rerank import InvalidInputError
 from regolo_rerank.langchain import RegoloRerank
-from tests.adapters.helpers import BEST, DOWN, QUERY, Everything, documents, runs_in, texts_of, tree
+from tests.adapters.helpers import BEST, QUERY, Everything, documents, runs_in, texts_of, tree
 from tests.conftest import KEY
 from tests.support.modes import Call
 from tests.support.stub import Stub
@@ -62,11 +62,6 @@ def step(langchain: RegoloRerank) -> Any:
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "dict": lambda step: {"query": RunnablePassthrough(), "documents": Everything()} | step,
-    "assign": lambda step: (
-        RunnableParallel(query=RunnablePassthrough())
-        | RunnablePassthrough.assign(documents=itemgetter("query") | Everything())
-        | step
-    ),
     "pick": lambda step: (
         RunnableParallel(query=RunnablePassthrough(), documents=Everything())
         | RunnablePassthrough.assign(documents=step).pick("documents")
@@ -97,10 +92,11 @@ def test_a_chain_reranks_what_its_retriever_found(
 
 def test_a_step_has_the_name_tags_and_id_of_its_configuration(call: Call, step: Any) -> None:
     """They are those of the rerank's run, which is the only run of a step."""
-    trace = RunCollectorCallbackHandler()
+    trace, run_id = RunCollectorCallbackHandler(), uuid.uuid4()
     tagged = step.with_config(run_name="second stage", tags=["rag"], metadata={"tenant": "x"}, callbacks=[trace])
-    call(tagged.invoke, candidates(), {"tags": ["now"]})
+    call(tagged.invoke, candidates(), {"tags": ["now"], "run_id": run_id})
     (run,) = trace.traced_runs
+    assert run.id == run_id
     assert (tree(run), sorted(run.tags or []), run.extra["metadata"]["tenant"]) == ("second stage", ["now", "rag"], "x")
 
 
@@ -205,14 +201,6 @@ def test_an_argument_replaces_a_configured_option(call: Call, step: Any) -> None
     assert len(call(configured.invoke, candidates())) == 2
 
 
-def test_a_fallback_uses_the_options_of_its_call(call: Call, langchain: RegoloRerank, stub: Stub) -> None:
-    """The fallback returns the first `top_n` of the call."""
-    langchain.on_error = "return_input"
-    stub.always(DOWN)
-    with pytest.warns(RerankFallbackWarning):
-        assert call(cast("Any", langchain.as_runnable()).invoke, candidates(), top_n=1) == documents()[:1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -232,18 +220,6 @@ def test_a_step_rejects_other_arguments(
     with pytest.raises(InvalidInputError, match=problem):
         call(step.bind(**arguments).invoke, candidates())
     assert stub.received == []
-
-
-def test_a_wrong_configured_option_is_rejected(call: Call, step: Any) -> None:
-    """The check is the same as for arguments, and the error one of ours."""
-    with pytest.raises(InvalidInputError, match="top_n: "):
-        call(WAYS["configurable"](step, {"top_n": 0}).invoke, candidates())
-
-
-def test_a_step_can_be_pickled(call: Call, step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes to another process with its options, and finds its key in the environment there."""
-    monkeypatch.setenv("REGOLO_API_KEY", KEY)
-    assert texts_of(call(pickle.loads(pickle.dumps(step)).invoke, candidates())) == BEST  # noqa: S301 - our own
 
 
 @pytest.mark.parametrize("form", [dumps, repr, pickle.dumps, lambda step: step.get_graph().draw_mermaid()])

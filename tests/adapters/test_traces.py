@@ -34,7 +34,6 @@ from regolo_rerank.langchain import RerankRetriever
 from regolo_rerank.llama_index import RegoloRerank as LlamaIndexRerank
 from regolo_rerank.llama_index import RegoloReRankEndEvent
 from tests.adapters.helpers import (
-    BEST,
     DOWN,
     FALLBACK_REPORT,
     QUERY,
@@ -50,13 +49,12 @@ from tests.adapters.helpers import (
     nodes,
     reranker_spans,
     runs_in,
-    scores_of,
     texts_of,
     with_usage,
 )
 from tests.conftest import KEY
 from tests.support.modes import Call
-from tests.support.stub import Received, Reply, Stub, error, scored
+from tests.support.stub import Received, Reply, Stub, error
 
 # --- LangChain's runs -------------------------------------------------------------------------------------------------
 
@@ -140,7 +138,8 @@ async def test_a_cancelled_call_ends_its_run(langchain: LangChainRerank, stub: S
 
 
 def test_a_handler_may_change_its_lists(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """A handler that modifies what it is shown, during the call or after it, does not change the ranking."""
+    """A handler that modifies what it is shown, during the call or after it, does not change the result."""
+    adapter.on_error = "return_input"
     handler, debug = Handler(), LlamaDebugHandler(print_trace_on_end=False)
     if isinstance(adapter, LlamaIndexRerank):
         adapter.callback_manager = CallbackManager([debug])
@@ -150,15 +149,16 @@ def test_a_handler_may_change_its_lists(rerank: Rerank, adapter: Adapter, stub: 
         runs = [reported["documents"] for _, _, reported in handler.seen]
         return [*runs, *(payload[EventPayload.NODES] for payload in payloads)]
 
-    def reply(request: Received) -> Reply:
+    def reply(_: Received) -> Reply:
         (given,) = shown()
         given.reverse()
-        return scored(request)
+        return DOWN
 
     stub.reply = reply
-    kept = rerank(adapter, handler=handler)
+    with pytest.warns(RerankFallbackWarning):
+        kept = rerank(adapter, handler=handler)
     shown()[1].clear()
-    assert (texts_of(kept), scores_of(kept)) == (BEST, [0.9, 0.5])
+    assert texts_of(kept) == TEXTS[:2]
 
 
 # --- LlamaIndex's events and spans ------------------------------------------------------------------------------------
