@@ -163,6 +163,15 @@ def test_batches_by_bytes_are_even_if_they_can_be() -> None:
     assert [batch.texts for batch in call.batches] == [[0, 1], [2], [3, 4]]
 
 
+@pytest.mark.parametrize(("count", "text"), [(50, ""), (5, "\x00" * 30), (5, "é" * 60)])
+def test_no_byte_is_forgotten(count: int, text: str) -> None:
+    """Quotes, commas and escaped characters count, at every limit."""
+    texts = [f"{index:02}{text}" for index in range(count)]
+    for limit in range(300, 420):
+        call = begin(texts, max_request_bytes=limit)
+        assert max(len(call.encode(batch)) for batch in call.batches) <= limit
+
+
 def test_a_request_may_be_as_large_as_the_limit() -> None:
     """The limit counts every byte of the JSON: one byte less makes two requests."""
     texts = ['"\x00é', "b" * 400]
@@ -323,7 +332,7 @@ def test_an_instruction_that_is_not_sent_is_not_the_longest_text() -> None:
 def test_a_limit_on_documents_per_request_names_batch_size() -> None:
     """TEI rejects more documents than it was started for."""
     call = begin(["a"])
-    with pytest.raises(BadRequestError, match=r"\[HTTP 422\]. Set batch_size to the server's limit$"):
+    with pytest.raises(BadRequestError, match=r"\[HTTP 422\]\. Set batch_size to the server's limit$"):
         call.accept(call.batches[0], reply_of({"error": "batch size 90 > maximum allowed batch size 32"}, 422))
 
 
@@ -357,6 +366,7 @@ def test_usage_is_added_up_over_the_requests() -> None:
     assert response.usage == Usage(total_tokens=3, requests=6, cost=0.2)
     assert (response.id, response.meta, response.model) == ("id-0", 0, "m")
     assert response.request_ids == ["call-1", "call-2"]
+    assert answer_all(begin(["a"])).usage == Usage(requests=1)
 
 
 def test_one_ranking_has_one_model() -> None:

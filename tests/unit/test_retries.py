@@ -221,14 +221,17 @@ def test_an_attempt_that_uses_up_the_time_is_a_timeout(clock: Clock) -> None:
 def test_a_refusal_holds_back_the_other_requests(clock: Clock) -> None:
     """Another batch waits until the pause ends, and looks again whether it has become longer."""
     pause = Pause()
-    Loop(clock, pause).run(refusal(10), GOOD)
-    assert pause.seconds_left() == 0.0
-    pause.extend(10, RateLimitError("a", status_code=429))
+    refused = attempts(begin(["a"]), begin(["a"]).batches[0], pause)
+    assert isinstance(next(refused), Send)
+    wait = refused.send(refusal(10))
+    assert isinstance(wait, Sleep)
+    assert 10 <= wait.seconds <= 10.1
+    assert pause.seconds_left() == pytest.approx(wait.seconds)
     other = Loop(clock, pause)
     step = next(other._steps)  # noqa: SLF001 - the loop of this file
     assert isinstance(step, Sleep)
-    assert step.seconds == pytest.approx(10.0)
-    clock.now += 10
+    assert step.seconds == pytest.approx(wait.seconds)
+    clock.now += step.seconds
     pause.extend(5, RateLimitError("b", status_code=429))
     other.run(GOOD)
     assert other.slept == pytest.approx([5.0])
@@ -241,6 +244,7 @@ def test_a_pause_only_becomes_longer() -> None:
     pause.extend(1, RateLimitError("second", status_code=429))
     assert 99 < pause.seconds_left() <= 100
     assert str(pause.refusal()) == "first"
+    assert pause.refusal() is not pause.refusal()  # each request raises its own error
 
 
 def test_a_request_that_cannot_wait_for_the_pause_fails_at_once(clock: Clock) -> None:
