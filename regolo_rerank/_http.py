@@ -333,7 +333,7 @@ def _build_request(
 
 
 def _send_options(settings: Settings) -> dict[str, Any]:
-    """Return the options of `send`. The API key replaces the authentication of the caller's own client."""
+    """Return the options of `send`. The API key replaces the authentication of the caller's client."""
     return {"stream": True, "follow_redirects": False, **({} if settings.key is None else {"auth": None})}
 
 

@@ -193,7 +193,7 @@ class _Tasks:
                 await self._drive(job)
             except BaseException as error:  # raised again in the caller's task
                 job.call.fail(error)
-                if not isinstance(error, Exception):  # somebody has cancelled this task
+                if not isinstance(error, Exception):  # this task was cancelled
                     raise
                 self._start_workers()  # in place of the call's other workers, which may be stuck
             finally:
@@ -288,8 +288,8 @@ def _is_done(call: Call | RegoloError) -> bool:
 class TasksInOrder:
     """Sends the batches of many calls in tasks, and returns each call when it is done, in order.
 
-    A separate task reads the pairs, so that a slow source does not hold back a finished call. This is no async
-    generator, because the client's is one, and an event loop that ends closes all of them at the same time.
+    A separate task reads the pairs, so that a slow source does not hold back a finished call. This is a class,
+    because the client has an async generator already, and an event loop that ends closes all generators at once.
 
     Args:
         pairs: The caller's pairs.

@@ -44,20 +44,15 @@ class _Default(float):
     """
 
 
-class CallOptions(TypedDict, total=False):
-    """Keyword arguments that `rerank`, `score` and their variants have in common."""
-
-    model: str | None
-    instruction: str | None
-    total_timeout: float | None
-    extra_body: dict[str, Any] | None
-
-
-class RankOptions(CallOptions, total=False):
-    """Keyword arguments of the methods that return a ranking."""
+class RankOptions(TypedDict, total=False):
+    """Keyword arguments that `rerank` and `rerank_many` have in common."""
 
     top_n: int | None
+    model: str | None
+    instruction: str | None
     score_threshold: float | None
+    total_timeout: float | None
+    extra_body: dict[str, Any] | None
 
 
 class RegoloClient:
@@ -269,22 +264,12 @@ class RegoloClient:
             call.close()
         return call.response()
 
-    @overload
-    def score(
-        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[CallOptions]
-    ) -> list[float]: ...
-
-    @overload
-    def score(
-        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[CallOptions]
-    ) -> list[float]: ...
-
     def score(
         self,
         query: str,
         documents: Iterable[Any],
         *,
-        text: Any = None,
+        text: str | Callable[[Any], str] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         total_timeout: float | None = None,
@@ -319,22 +304,12 @@ class RegoloClient:
             )
         )
 
-    @overload
-    async def ascore(
-        self, query: str, documents: Iterable[str], *, text: None = None, **options: Unpack[CallOptions]
-    ) -> list[float]: ...
-
-    @overload
-    async def ascore(
-        self, query: str, documents: Iterable[T], *, text: str | Callable[[T], str], **options: Unpack[CallOptions]
-    ) -> list[float]: ...
-
     async def ascore(
         self,
         query: str,
         documents: Iterable[Any],
         *,
-        text: Any = None,
+        text: str | Callable[[Any], str] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         total_timeout: float | None = None,
@@ -353,17 +328,6 @@ class RegoloClient:
                 extra_body=extra_body,
             )
         )
-
-    @overload
-    def rerank_many(
-        self,
-        pairs: Iterable[tuple[str, Iterable[str]]],
-        *,
-        text: None = None,
-        max_concurrency: int | None = None,
-        return_exceptions: Literal[False] = False,
-        **options: Unpack[RankOptions],
-    ) -> Generator[RerankResponse[str]]: ...
 
     @overload
     def rerank_many(
@@ -427,17 +391,6 @@ class RegoloClient:
         with closing(_workers.run_in_order(calls, workers, self._connections, self._pause(settings))) as finished:
             for call in finished:
                 yield _finish(call, return_exceptions=return_exceptions)
-
-    @overload
-    def arerank_many(
-        self,
-        pairs: Iterable[tuple[str, Iterable[str]]] | AsyncIterable[tuple[str, Iterable[str]]],
-        *,
-        text: None = None,
-        max_concurrency: int | None = None,
-        return_exceptions: Literal[False] = False,
-        **options: Unpack[RankOptions],
-    ) -> AsyncGenerator[RerankResponse[str]]: ...
 
     @overload
     def arerank_many(
