@@ -58,8 +58,9 @@ def print_json(fields: Any) -> None:
 
 def progress_bar() -> Progress:
     """Return a progress bar on standard error. It is shown on a terminal only, and disappears at the end."""
+    console = err()
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=err(), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def announce_input(file: str, what: str) -> None:
