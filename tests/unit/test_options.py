@@ -108,7 +108,9 @@ WRONG: list[tuple[str, str, list[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "message", "values"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "message", "values"), WRONG, ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize("how", ["options", "with_options", "call", "assignment", "langchain", "llama_index"])
 def test_a_wrong_option_is_rejected_by_name(how: str, name: str, message: str, values: list[Any]) -> None:
     """The message names the option and shows its value, unless that may be a key; nothing is changed."""
