@@ -1,30 +1,45 @@
-"""What the site needs besides settings: a hook of MkDocs, and one of Griffe."""
+"""The parts of the site that need code: a hook of MkDocs, and an extension of Griffe."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-AS_A_PAGE = {
+ROOT = Path(__file__).parents[1]
+NOTEBOOK_TO_PAGE = {
     ".ipynb)": ".md)",
     "](../docs/": "](../",
-    "![png]": "![What the code above draws]",
+    "![png]": "![Chart drawn by the code above]",
 }
-"""What a notebook links to, on the site, and what its pictures are."""
+"""Replacements that turn the links and pictures of a notebook into those of a page."""
+
+
+@event_priority(100)  # before plugins read the addresses
+def on_config(config: MkDocsConfig) -> None:
+    """Derive all addresses from that of the repository in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    hooks = project["tool"]["hatch"]["metadata"]["hooks"]
+    if repository := hooks.get("custom", {}).get("repository"):
+        config.repo_url, config.edit_uri = repository, "edit/main/docs/"
+        config.repo_name = "Repository"
+        if pages := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)", repository):
+            config.site_url = "https://{}.github.io/{}/".format(*pages.groups())
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Make a page of each notebook, with its stored outputs."""
     exporter: Any = MarkdownExporter  # which has no types
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text, resources = exporter().from_filename(
             str(notebook), {"unique_key": notebook.stem}
         )
-        for stored, shown in AS_A_PAGE.items():
+        for stored, shown in NOTEBOOK_TO_PAGE.items():
             text = text.replace(stored, shown)
         files.append(
             File.generated(
@@ -38,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 class OptionsAsUsed(griffe.Extension):
-    """Shows type and default of an option, and not what only pydantic reads."""
+    """Shows type and default of an option, without the parts for pydantic."""
 
     def on_attribute_instance(
         self, *, attr: griffe.Attribute, **_: Any
@@ -48,14 +63,11 @@ class OptionsAsUsed(griffe.Extension):
             case griffe.ExprCall(
                 function=griffe.ExprName(name="Field"), arguments=arguments
             ):
-                named = [
-                    each
-                    for each in arguments
-                    if isinstance(each, griffe.ExprKeyword)
-                ]
-                attr.value = next(
-                    each.value for each in named if each.name == "default"
-                )
+                for each in arguments:
+                    if isinstance(each, griffe.ExprKeyword) and (
+                        each.name == "default"
+                    ):
+                        attr.value = each.value
         match attr.annotation:
             case griffe.ExprSubscript(
                 left=griffe.ExprName(name="SkipJsonSchema"), slice=used

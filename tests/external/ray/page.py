@@ -1,9 +1,9 @@
-"""The blocks of code of docs/ray.md, in their order."""
+"""The blocks of code of docs/how-to/ray.md, in their order."""
 
 import re
 from pathlib import Path
 from typing import Final
 
-_PAGE: Final = (Path(__file__).parents[3] / "docs" / "ray.md").read_text("utf-8")
+_PAGE: Final = (Path(__file__).parents[3] / "docs" / "how-to" / "ray.md").read_text("utf-8")
 
 RECIPE, AGAIN, GROUPED = re.findall(r"^```python\n(.*?)^```$", _PAGE, re.DOTALL | re.MULTILINE)
