@@ -2,7 +2,7 @@
 
 On a page, a block of `python` runs in the namespace of the blocks above it, and a block of `text` right behind it is its
 output. A block with a title is a file. In a block of `console`, the lines after `$` are commands and the others are their
-output; commands that install or start something else are not run.
+output.
 """
 
 import logging
@@ -28,8 +28,8 @@ PAGES.pop("docs/CONTRIBUTING.md")
 
 OPTIONAL = ("fakeredis", "fastapi", "langchain", "langgraph", "openinference", "ray", "redis_dict", "respx", "vcr")
 """Packages of developers. A page that imports one of them is skipped without it."""
-NOT_RUN = re.compile(r"\$ (?!regolo-rerank|python summary\.py|grep|cat|head|jq)|\$ regolo-rerank (demo|check)")
-"""Commands that are not run: they install or start something, or have tests of their own."""
+IS_RUN = re.compile(r"--local|^\$ (cat|head) ", re.MULTILINE)
+"""Commands with --local, and those that show a file, are run. Others need a key or install something."""
 
 
 class Block(NamedTuple):
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 def blocks_of(text: str) -> list[Block]:
     """Return the fenced blocks of a page; those in tabs are indented."""
     found, end = [], 0
-    for match in re.finditer(r"^( *)```(\w+)(?: title=\"(.+)\")?\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE):
+    for match in re.finditer(r"^( *)```(\w+)(?: title=\"([^\"\n]+)\")?\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE):
         _, language, title, code = match.groups()
         found.append(Block(language, title or "", dedent(code), not text[end : match.start()].strip()))
         end = match.end()
@@ -99,7 +99,7 @@ def test_the_examples_of_a_page_print_what_it_shows(
         elif block.language == "python":
             exec(compile(_here(block.text, stub), f"example of {path}", "exec"), names)  # noqa: S102 - our own text
             assert capsys.readouterr().out == shown, block.text
-        elif block.language == "console" and not NOT_RUN.search(block.text):
+        elif block.language == "console" and IS_RUN.search(block.text):
             pytest.importorskip("regolo_rerank.cli")
             assert _run(_here(block.text, stub)) == re.sub(r"^(\$|>) .*\n", "", block.text, flags=re.MULTILINE)
 
