@@ -54,7 +54,7 @@ def _shown(output: NotebookNode) -> str:
 
 
 def test_its_recipe_is_the_page_s() -> None:
-    """The notebook's cell and the block of docs/ray.md are the same text."""
+    """The notebook's cell and the block of docs/how-to/ray.md are the same text."""
     assert RECIPE.rstrip("\n") in [cell.source for cell in NOTEBOOK.cells]
 
 

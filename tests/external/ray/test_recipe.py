@@ -1,4 +1,4 @@
-"""The very lines of docs/ray.md, on a real Ray with two worker processes."""
+"""The very lines of docs/how-to/ray.md, on a real Ray with two worker processes."""
 
 import importlib.util
 import threading
@@ -48,7 +48,7 @@ Answer = Callable[[Received], Reply]
 def execute(code: str, **names: Any) -> dict[str, Any]:
     """Run a block of the page as a script of its own, with what the page says is the reader's."""
     namespace = {"__name__": "__main__"} | names
-    exec(compile(code, "docs/ray.md", "exec"), namespace)  # noqa: S102 - our own text
+    exec(compile(code, "docs/how-to/ray.md", "exec"), namespace)  # noqa: S102 - our own text
     return namespace
 
 
