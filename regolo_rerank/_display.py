@@ -13,7 +13,7 @@ from regolo_rerank.results import RerankResult
 __all__ = ["html", "printable", "shorten", "text"]
 
 MAX_ROWS: Final = 100
-TEXT_COLUMNS: Final = 80
+TEXT_COLUMNS: Final = 78
 HTML_COLUMNS: Final = 160
 BAR_COLUMNS: Final = 10
 
@@ -21,7 +21,7 @@ _ROW: Final = '<tr style="text-align:left">'
 
 
 def text(results: Sequence[RerankResult[Any]], *, ranked: bool = True) -> str:
-    """Return results as aligned lines of at most 80 columns, the first 100 of them.
+    """Return results as aligned lines of at most 78 columns, the first 100 of them.
 
     Args:
         results: The results, best first.
