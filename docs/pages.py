@@ -36,40 +36,24 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Make a page of each notebook, with its stored outputs."""
     exporter: Any = MarkdownExporter  # which has no types
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        text, resources = exporter().from_filename(
-            str(notebook), {"unique_key": notebook.stem}
-        )
+        text, resources = exporter().from_filename(str(notebook), {"unique_key": notebook.stem})
         for stored, shown in NOTEBOOK_TO_PAGE.items():
             text = text.replace(stored, shown)
-        files.append(
-            File.generated(
-                config, f"notebooks/{notebook.stem}.md", content=text
-            )
-        )
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=text))
         for name, content in resources["outputs"].items():
-            files.append(
-                File.generated(config, f"notebooks/{name}", content=content)
-            )
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
 
 
 class OptionsAsUsed(griffe.Extension):
     """Shows type and default of an option, without the parts for pydantic."""
 
-    def on_attribute_instance(
-        self, *, attr: griffe.Attribute, **_: Any
-    ) -> None:
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Take the default out of `Field`, the type out of `SkipJsonSchema`."""
         match attr.value:
-            case griffe.ExprCall(
-                function=griffe.ExprName(name="Field"), arguments=arguments
-            ):
+            case griffe.ExprCall(function=griffe.ExprName(name="Field"), arguments=arguments):
                 for each in arguments:
-                    if isinstance(each, griffe.ExprKeyword) and (
-                        each.name == "default"
-                    ):
+                    if isinstance(each, griffe.ExprKeyword) and (each.name == "default"):
                         attr.value = each.value
         match attr.annotation:
-            case griffe.ExprSubscript(
-                left=griffe.ExprName(name="SkipJsonSchema"), slice=used
-            ):
+            case griffe.ExprSubscript(left=griffe.ExprName(name="SkipJsonSchema"), slice=used):
                 attr.annotation = used

@@ -1,18 +1,21 @@
 """The documentation: each example runs and prints what the page shows, and the site can be built.
 
-On a page, a block of `python` runs in the namespace of the blocks above it, and a block of `text` right behind it is its
-output. A block with a title is a file. In a block of `console`, the lines after `$` are commands and the others are their
+On a page, a block of `python` runs in the namespace of the blocks above it. A block of `text` right behind it is its
+output. A block with a title is a file. In a block of `console`, lines that start with `$` are commands, followed by their
 output.
 """
 
 import importlib.util
+import io
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, NamedTuple
@@ -65,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     if importlib.util.find_spec("fakeredis"):
         import fakeredis
 
-        monkeypatch.setattr("redis.Redis.from_url", lambda url: fakeredis.FakeRedis())
+        monkeypatch.setattr("redis.Redis.from_url", lambda _: fakeredis.FakeRedis())
     log = logging.getLogger("regolo_rerank")
     yield tmp_path
     log.setLevel(logging.NOTSET)
@@ -118,11 +121,19 @@ def _here(code: str, stub: Stub) -> str:
 
 def _run(console: str) -> str:
     """Run the commands of a block and return what they print, errors included."""
-    commands = "".join(re.findall(r"^[$>] (.*\n)", console, re.MULTILINE))
-    script = f'regolo-rerank() {{ "{sys.executable}" -m regolo_rerank "$@"; }}\nexec 2>&1\n{commands}'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)  # noqa: S603, S607 - our own text
-    return re.sub(r"\d+\.\d s\)", "0.1 s)", done.stdout)  # how long it took
+    from regolo_rerank.cli.main import main
+
+    printed = io.StringIO()
+    commands = console.replace("\\\n>", "")  # join continued lines
+    for command in re.findall(r"^\$ (.+)", commands, re.MULTILINE):
+        if "|" in command:
+            script = f'regolo-rerank() {{ "{sys.executable}" -m regolo_rerank "$@"; }}; {command}'
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            printed.write(subprocess.check_output(["bash", "-c", script], env=environment, text=True))  # noqa: S603, S607
+        else:
+            with redirect_stdout(printed), redirect_stderr(printed):
+                main(shlex.split(command)[1:])
+    return re.sub(r"\d+\.\d s\)", "0.1 s)", printed.getvalue())  # how long it took
 
 
 def test_code_and_output_fit_the_page() -> None:
