@@ -1,7 +1,7 @@
 """The documentation: each example runs and prints what the page shows, and the site can be built.
 
 On a page, a block of `python` runs in the namespace of the blocks above it. A block of `text` right behind it is its
-output. A block with a title is a file. In a block of `console`, lines that start with `$` are commands, followed by their
+output. A block with a title is a file. In a block of `console`, a line that starts with `$` is a command, before its
 output.
 """
 
