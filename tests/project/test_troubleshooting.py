@@ -13,7 +13,7 @@ from regolo_rerank import RegoloClient
 from tests.conftest import KEY
 from tests.support.stub import Reply, Stub, error
 
-PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "help" / "troubleshooting.md").read_text("utf-8")
 HEADINGS = re.findall(r"^### `(.+)`$", PAGE, re.MULTILINE)
 
 
