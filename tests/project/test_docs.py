@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -190,3 +191,18 @@ def test_language_models_find_each_page_as_markdown(site: Path) -> None:
         assert (site / address).is_file()
     assert "## How-to" in listed
     assert len((site / "llms-full.txt").read_text("utf-8")) > len(listed)
+
+
+@pytest.mark.parametrize("repository", ["", "https://github.com/owner/name"])
+def test_all_addresses_follow_from_one(repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository's address in pyproject.toml gives the link to it and those to edit a page; without it, none."""
+    config = pytest.importorskip("mkdocs.config.defaults").MkDocsConfig()
+    pytest.importorskip("nbconvert")
+    pages = runpy.run_path(str(ROOT / "docs" / "pages.py"))
+    text = f"[tool.hatch.metadata.hooks.custom]\nrepository = '{repository}'"
+    (tmp_path / "pyproject.toml").write_text(text, "utf-8")
+    monkeypatch.setitem(pages["on_config"].__globals__, "ROOT", tmp_path)
+    pages["on_config"](config)
+    assert (config.repo_url or "") == repository
+    assert bool(config.edit_uri) == bool(repository)
+    assert (config.site_url or "") == ("https://owner.github.io/name/" if repository else "")
