@@ -1,6 +1,5 @@
 """Calls that end early: cancelled tasks, Ctrl-C, and what is left of them; context variables of the caller."""
 
-import _thread
 import asyncio
 import contextvars
 import gc
@@ -157,7 +156,7 @@ def test_after_ctrl_c_nothing_more_is_sent() -> None:
     def scorer(_query: str, documents: list[str]) -> list[float]:
         called.extend(documents)
         if len(called) == 1:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         caught.wait(20)
         return [0.0]
 

@@ -1,7 +1,6 @@
 """`local://`: the offline scorer, or the caller's own, without a key and without a network."""
 
 import asyncio
-import threading
 import time
 from typing import Any
 
@@ -97,20 +96,3 @@ def test_a_scorer_that_fails_is_named_and_called_once(call: Call, scorer: Any, w
     with pytest.raises(InvalidInputError, match=words):
         call(RegoloClient(base_url="local://", scorer=wrapped).rerank, "q", ["a", "b"])
     assert len(called) <= 1
-
-
-def test_scorers_run_concurrently_and_many_in_order(call: Call) -> None:
-    """Four batches at a time."""
-    four = threading.Barrier(4, timeout=20)
-
-    def scorer(_query: str, documents: list[str]) -> list[float]:
-        four.wait()
-        return by_length(_query, documents)
-
-    client = RegoloClient(base_url="local://", scorer=scorer, batch_size=1)
-    assert len(call(client.rerank, "q", ["a", "aa", "aaa", "aaaa"])) == 4
-    plain = client.with_options(scorer=by_length)
-    assert [pairs(response) for response in plain.rerank_many([("q", ["a"]), ("q", ["aa"])])] == [
-        [(0, 1.0)],
-        [(0, 2.0)],
-    ]

@@ -419,21 +419,3 @@ def test_a_task_that_somebody_else_cancels_hangs_nobody(stub: Stub) -> None:
                 assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(cancel_each())
-
-
-def test_two_runs_share_a_client(many: Many, client: RegoloClient) -> None:
-    """A loop inside the loop of another one."""
-    if many.mode == "sync":
-        both = [(outer, inner) for outer in client.rerank_many(smalls(3)) for inner in client.rerank_many(smalls(2))]
-        assert len(both) == 6
-        return
-
-    async def nested() -> int:
-        count = 0
-        async for _ in client.arerank_many(smalls(3)):
-            async for _ in client.arerank_many(smalls(2)):
-                count += 1
-        await client.aclose()
-        return count
-
-    assert asyncio.run(nested()) == 6
