@@ -93,6 +93,14 @@ class _Threads:
             self._changed.notify_all()
         self._start_workers()
 
+    def stop(self, calls: Iterable[Call | RegoloError]) -> None:
+        """End calls without starting others. The workers send nothing more, and those that sleep wake up and end."""
+        with self._changed:
+            for call in calls:
+                if isinstance(call, Call):
+                    call.fail(GeneratorExit())
+            self._changed.notify_all()
+
     def take_first(self, pending: deque[Call | RegoloError]) -> Call | RegoloError:
         """Wait for the first of some calls, and remove it."""
         if isinstance(pending[0], Call):
@@ -276,9 +284,7 @@ def run_in_order(
         if interruption is not None:
             raise interruption
     finally:
-        for call in pending:
-            if isinstance(call, Call):
-                threads.fail(call, GeneratorExit())  # the workers send nothing more
+        threads.stop(pending)
 
 
 def _is_done(call: Call | RegoloError) -> bool:
