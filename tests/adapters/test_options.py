@@ -194,6 +194,7 @@ async def test_with_blocks_close_the_connections(langchain: LangChainRerank, stu
         with langchain as opened:
             opened.compress_documents(documents(), "q")
             opened.compress_documents(documents(), "q")
+    for _ in range(2):
         async with langchain as opened:
             await opened.acompress_documents(documents(), "q")
             await opened.acompress_documents(documents(), "q")

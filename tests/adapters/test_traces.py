@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -54,7 +55,7 @@ from tests.adapters.helpers import (
 )
 from tests.conftest import KEY
 from tests.support.modes import Call
-from tests.support.stub import Received, Reply, Stub, error
+from tests.support.stub import Received, Reply, Stub, error, scored
 
 # --- LangChain's runs -------------------------------------------------------------------------------------------------
 
@@ -384,24 +385,22 @@ def langsmith() -> Iterator[tuple[LangChainTracer, Callable[[], list[dict[str, A
     client.cleanup()
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "answer", [with_usage, scored, lambda _: error("no such key", 401)], ids=["counted", "unknown", "failed"]
+)
 def test_langsmith_shows_model_and_tokens(
-    way: Way, langchain: LangChainRerank, stub: Stub, langsmith: Any, fails: bool
+    way: Way, langchain: LangChainRerank, stub: Stub, langsmith: Any, answer: Callable[[Received], Reply]
 ) -> None:
     """The rerank has the names by which LangSmith knows models, and its tokens. No other run has them."""
     tracer, received = langsmith
-    langchain.batch_size, stub.reply = 2, with_usage
-    if fails:
-        stub.always(error("no such key", 401))
-        with pytest.raises(AuthenticationError):
-            way(langchain, tracer)
-    else:
+    langchain.batch_size, stub.reply = 2, answer
+    with suppress(AuthenticationError):
         way(langchain, tracer)
     runs = received()
     (metadata,) = [run["extra"]["metadata"] for run in runs if "ls_model_name" in run["extra"]["metadata"]]
     assert (metadata["ls_provider"], metadata["ls_model_name"]) == ("regolo", "Qwen3-Reranker-4B")
     tokens = {"input_tokens": 14, "output_tokens": 0, "total_tokens": 14}
-    assert metadata.get("usage_metadata") == (None if fails else tokens)
+    assert metadata.get("usage_metadata") == (tokens if answer is with_usage else None)
     assert KEY not in json.dumps(runs)
 
 
