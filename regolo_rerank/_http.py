@@ -372,7 +372,7 @@ class _ReplyReader:
             raise APIResponseError(f"invalid reply: it is larger than {MAX_REPLY_BYTES} bytes")
 
     def reply(self) -> Reply:
-        text = redact(self._body.decode("utf-8-sig", "replace"), self._key)
+        text = redact(self._body.decode("utf-8", "replace").removeprefix("\ufeff"), self._key)
         return Reply(self._status_code, self._headers, text, time.monotonic() - self._started)
 
 

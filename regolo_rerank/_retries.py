@@ -105,11 +105,11 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
             delay = _backoff(refusals)
         else:
             failures += 1
+            delay = _delay_after(failure, failures)
+            if isinstance(failure, RateLimitError) and failure.retryable:
+                pause.extend(delay, failure)
             if not failure.retryable or failures > call.settings.options.max_retries:
                 raise failure
-            delay = _delay_after(failure, failures)
-            if isinstance(failure, RateLimitError):
-                pause.extend(delay, failure)
         if not _fits(delay, call):
             limit = call.settings.options.total_timeout
             failure.args = (f"{failure}. Another attempt in {delay:.1f} s would exceed total_timeout={limit:g} s",)

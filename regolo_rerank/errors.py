@@ -220,6 +220,7 @@ def warn(message: str, category: type[RerankWarning]) -> None:
 
 _FRAMES_TO_SKIP: Final = {
     "regolo_rerank",
+    "asyncio",
     "langchain_core",
     "langchain_classic",
     "llama_index",

@@ -178,6 +178,8 @@ class _Run:
             raise InvalidInputError(f"query_bundle: must be a QueryBundle, got {kind}. Pass a text as query_str")
         self.query_bundle = query_bundle
         self.query = query_bundle.query_str
+        if isinstance(nodes, NodeWithScore):
+            raise InvalidInputError("nodes: must be a list, got NodeWithScore. Pass [node]")
         self.nodes = check_documents(nodes, "nodes")
         for index, candidate in enumerate(self.nodes):
             if not isinstance(candidate, NodeWithScore):

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tests.support.stub import Received, Reply, scored
 
-__all__ = ["answers", "asoon", "own_process", "slowly", "sockets", "soon", "threads"]
+__all__ = ["asoon", "own_process", "slowly", "sockets", "soon", "threads"]
 
 _ROOT: Final = Path(__file__).parents[2]
 _PAUSE: Final = 0.002
@@ -57,16 +57,6 @@ def threads() -> list[threading.Thread]:
 def slowly(seconds: float) -> Callable[[Received], Reply]:
     """Return a function that answers as the service does, after some seconds."""
     return lambda request: Reply(scored(request).body, delay=seconds)
-
-
-def answers(function: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Run a function in a thread of its own, and return its result; fail if it does not end."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert results, "it did not end"
-    return results[0]
 
 
 def own_process(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
