@@ -1,5 +1,6 @@
 """The parts of the site that need code: a hook of MkDocs, and an extension of Griffe."""
 
+import copy
 import re
 import tomllib
 from pathlib import Path
@@ -45,15 +46,45 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 class OptionsAsUsed(griffe.Extension):
-    """Shows type and default of an option, without the parts for pydantic."""
+    """Documents options as callers use them, without names of the library's inside."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Take the default out of `Field`, the type out of `SkipJsonSchema`."""
+        """Take the default out of `Field`."""
         match attr.value:
             case griffe.ExprCall(function=griffe.ExprName(name="Field"), arguments=arguments):
                 for each in arguments:
                     if isinstance(each, griffe.ExprKeyword) and (each.name == "default"):
                         attr.value = each.value
-        match attr.annotation:
-            case griffe.ExprSubscript(left=griffe.ExprName(name="SkipJsonSchema"), slice=used):
-                attr.annotation = used
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """List all options among the parameters of both adapters, in the words of the client."""
+        client = pkg["client.RegoloClient"]
+        for function in client.functions.values():
+            for parameter in function.parameters:
+                parameter.default = _DEFAULTS.get(str(parameter.default), parameter.default)
+                if str(parameter.annotation).startswith("Unpack["):
+                    parameter.annotation = None  # the docstring lists the options
+        options = {item.name: item for item in _parameters_of(client).value}
+        for adapter in (pkg["langchain.RegoloRerank"], pkg["llama_index.RegoloRerank"]):
+            section = _parameters_of(adapter)
+            named = {item.name: item for item in section.value if item.name != "**options"}
+            for name, field in adapter.attributes.items():
+                if name in options and name not in named:
+                    named[name] = copy.copy(options[name])
+                elif field.docstring and name not in {"user_agent", *named}:
+                    text = " ".join(field.docstring.value.split())
+                    named[name] = griffe.DocstringParameter(name, annotation=field.annotation, description=text)
+                    named[name].value = field.value
+            named["top_n"].value = "5"
+            section.value = list(named.values())
+
+
+_DEFAULTS = {"_Default(60.0)": "60.0", "DEFAULT_INSTRUCTION": "'Given a web search query, ...'"}
+
+
+def _parameters_of(cls: griffe.Class) -> griffe.DocstringSectionParameters:
+    """Return the parameters in the docstring of a class, to be changed there."""
+    assert cls.docstring is not None  # noqa: S101 - our own classes have one
+    sections = cls.docstring.parse("google", warn_missing_types=False, warn_unknown_params=False)
+    cls.docstring.__dict__["parsed"] = sections  # the value of a cached property
+    return next(section for section in sections if isinstance(section, griffe.DocstringSectionParameters))

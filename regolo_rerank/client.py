@@ -196,7 +196,7 @@ class RegoloClient:
             extra_body: Additional JSON fields of each request.
 
         Returns:
-            The ranking: at most min(N, top_n) results, best first. Each result has the caller's own document.
+            The ranking, with at most min(N, top_n) results, best first. Each result has the caller's own document.
 
         Raises:
             InvalidInputError: An argument is wrong. Nothing was sent.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from regolo_rerank.options import Options
 from tests.support.stub import Stub
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,15 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="([^"]+)"', page.read_text("utf-8"))
         assert loaded
         assert not [address for address in loaded if re.match(r"(\w+:)?//", address)], page
+
+
+@pytest.mark.parametrize("page", ["client", "langchain", "llama-index"])
+def test_a_page_of_the_reference_lists_the_options_of_its_class(site: Path, page: str) -> None:
+    """Every option of the client is among the parameters, and no type has a name of the library's inside."""
+    text = (site / "reference" / page / "index.md").read_text("utf-8")
+    listed = set(re.findall(r"^- \*\*`(\w+)`\*\*", text, re.MULTILINE))
+    assert Options.model_fields.keys() <= listed
+    assert not re.search(r"`(Count|Seconds|Text|SkipJsonSchema)\b|_Default|Unpack", text)
 
 
 def test_language_models_find_each_page_as_markdown(site: Path) -> None:
