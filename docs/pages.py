@@ -59,11 +59,10 @@ class OptionsAsUsed(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """List all options among the parameters of both adapters, in the words of the client."""
         client = pkg["client.RegoloClient"]
-        for function in client.functions.values():
+        for function in (*client.functions.values(), pkg["evaluation.runs.evaluate"]):
             for parameter in function.parameters:
                 parameter.default = _DEFAULTS.get(str(parameter.default), parameter.default)
-                if str(parameter.annotation).startswith("Unpack["):
-                    parameter.annotation = None  # the docstring lists the options
+                parameter.annotation = _TYPES.get(str(parameter.annotation), parameter.annotation)
         options = {item.name: item for item in _parameters_of(client).value}
         for adapter in (pkg["langchain.RegoloRerank"], pkg["llama_index.RegoloRerank"]):
             section = _parameters_of(adapter)
@@ -79,7 +78,17 @@ class OptionsAsUsed(griffe.Extension):
             section.value = list(named.values())
 
 
-_DEFAULTS = {"_Default(60.0)": "60.0", "DEFAULT_INSTRUCTION": "'Given a web search query, ...'"}
+_DEFAULTS = {
+    "_Default(60.0)": "60.0",
+    "DEFAULT_INSTRUCTION": "'Given a web search query, ...'",
+    "DEFAULT_MEASURES": "'nDCG@10 MRR Recall@1 Recall@5 Recall@10'",
+}
+_TYPES = {
+    "Unpack[CallOptions]": None,  # the docstring lists the options
+    "Unpack[RankOptions]": None,
+    "Iterable[Mapping[str, Any] | Row]": "Iterable[Mapping[str, Any]]",
+}
+"""Names of the library's inside, and what a caller reads instead."""
 
 
 def _parameters_of(cls: griffe.Class) -> griffe.DocstringSectionParameters:
