@@ -5,6 +5,7 @@ output. A block with a title is a file. In a block of `console`, a line that sta
 output.
 """
 
+import asyncio
 import importlib.util
 import io
 import logging
@@ -71,6 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         import fakeredis
 
         monkeypatch.setattr("redis.Redis.from_url", lambda _: fakeredis.FakeRedis())
+    asyncio.set_event_loop(None)  # then LlamaIndex closes the loops that it opens
     log = logging.getLogger("regolo_rerank")
     yield tmp_path
     log.setLevel(logging.NOTSET)
