@@ -147,7 +147,8 @@ def _build_parsers() -> tuple[Parser, dict[str, Parser]]:
     commands: dict[str, Parser] = {}
 
     def add(name: str, summary: str, epilog: str) -> Parser:
-        commands[name] = group.add_parser(name, help=summary, description=f"{summary.capitalize()}.", epilog=epilog)
+        description = f"{summary[0].upper()}{summary[1:]}."
+        commands[name] = group.add_parser(name, help=summary, description=description, epilog=epilog)
         return commands[name]
 
     json: Any = {"action": "store_true", "default": False, "dest": "as_json", "help": "print JSON"}

@@ -37,7 +37,8 @@ def test_four_commands_have_the_same_options(command: str, run: Run) -> None:
 
 
 def test_help_shows_defaults_and_choices(run: Run) -> None:
-    """The defaults are those of the client."""
+    """The defaults are those of the client, and names keep their capitals."""
+    assert "Check the API key, server" in run("check", "--help").out
     words = " ".join(run("rank", "--help").out.split())
     options = RegoloClient(base_url="local://").options
     for name in ("model", "timeout", "total_timeout", "max_retries", "max_concurrency", "batch_size"):
