@@ -65,7 +65,7 @@ def test_the_wheel_is_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     files = [path.relative_to(ROOT) for path in (ROOT / "regolo_rerank").rglob("*") if path.is_file()]
-    assert packaged == {path.as_posix() for path in files if path.suffix in {".py", ".typed", ".jsonl"}}
+    assert packaged == {path.as_posix() for path in files if path.suffix in {".json", ".jsonl", ".py", ".typed"}}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 200_000
 
