@@ -19,7 +19,7 @@ from regolo_rerank.errors import (
     warn,
 )
 from regolo_rerank.options import Count, Options
-from regolo_rerank.results import RerankResponse
+from regolo_rerank.results import RerankResponse, RerankResult
 
 __all__ = ["AdapterOptions", "Outcome", "report_failure", "report_ranking"]
 
@@ -76,6 +76,18 @@ class AdapterOptions(Options):
     def _client_for_call(self) -> RegoloClient:
         """Return a client with the adapter's current options, on the connections of its client."""
         return self._client.with_options(self)
+
+    def _metadata(self, earlier: dict[str, Any], result: RerankResult[Any] | None) -> dict[str, Any]:
+        """Return metadata with the score and passage of a result, and without those of an earlier reranker."""
+        key = self.score_metadata_key
+        if key is None:
+            return dict(earlier)
+        metadata = {name: value for name, value in earlier.items() if name not in {key, "relevant_passage"}}
+        if result is not None:
+            metadata[key] = result.relevance_score
+            if result.passage is not None:
+                metadata["relevant_passage"] = result.passage
+        return metadata
 
     def _fall_back(self, error: RegoloError, count: int) -> Outcome:
         """Return the outcome of a failed call, or raise its error if the option `on_error` does not cover it."""

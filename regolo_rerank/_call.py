@@ -13,9 +13,8 @@ from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, Final
 
-from regolo_rerank._http import Reply
 from regolo_rerank._passages import split_passages
-from regolo_rerank._protocol import Ranking, encode, read_reply, request_id_of
+from regolo_rerank._protocol import Ranking, Reply, encode, read_reply, replace_surrogates, request_id_of
 from regolo_rerank.cache import QueryCache
 from regolo_rerank.errors import (
     APIResponseError,
@@ -35,7 +34,7 @@ __all__ = ["Batch", "Call"]
 _MAX_BYTES_PER_CHARACTER: Final = 6
 """In JSON: a control character is written as `\\u0000`."""
 _EQUAL_SCORES: Final = 10
-"""So many distinct documents with one and the same score mean a wrongly configured server."""
+"""At least this many distinct documents with the same score mean a wrongly configured server."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +80,7 @@ class Call:
         self._documents = documents
         self._document_texts = texts
         # The distinct texts, and for each document the position of its text among them. A blank document has none, and
-        # a split document has passages instead: positions with the place of the passage in the document.
+        # a split document has passages instead, each with its position and its span `(start, end)` in the document.
         positions: dict[str, int] = {}
         self._position_of: list[int | None] = []
         self._passages: dict[int, list[tuple[int, tuple[int, int]]]] = {}
@@ -111,7 +110,7 @@ class Call:
     def _make_batches(self, to_send: list[int]) -> Iterator[Sequence[int]]:
         """Yield even batches within the limits of documents and bytes per request."""
         options = self.settings.options
-        budget = options.max_request_bytes - len(self._encode([], options.batch_size))
+        budget = options.max_request_bytes - len(self._body([], options.batch_size))
         if budget <= 0:
             raise InvalidInputError(
                 f"query: with instruction and extra_body it is larger than max_request_bytes="
@@ -126,15 +125,15 @@ class Call:
         for part in _split_by_size(sizes, options.batch_size, budget):
             yield to_send[part.start : part.stop]
 
-    def encode(self, batch: Batch) -> bytes:
+    def request_body(self, batch: Batch) -> bytes:
         """Return the JSON of a batch's request, and count the request."""
         self._requests += 1
-        return self._encode(self._document_strings(batch.texts), self._wanted(batch))
+        return self._body(self._document_strings(batch.texts), self._wanted(batch))
 
     def _document_strings(self, positions: Sequence[int]) -> list[str]:
         return self.settings.prompt_format.format_documents([self._texts[position] for position in positions])
 
-    def _encode(self, documents: list[str], top_n: int) -> bytes:
+    def _body(self, documents: list[str], top_n: int) -> bytes:
         body = {
             "model": self.settings.options.model,
             "query": self._query_string,
@@ -196,14 +195,15 @@ class Call:
             return f"it contains index {next(index for index in indices if indices.count(index) > 1)} more than once"
         if len(indices) < wanted:
             return f"it ranks {len(indices)} documents instead of {wanted}"
-        echoes = {score.position: score.echo for score in ranking.scores if score.echo is not None}
-        sent = self._document_strings([batch.texts[position] for position in echoes])
+        echoes = {score.position: _normalize(score.echo) for score in ranking.scores if score.echo is not None}
+        sent = map(_normalize, self._document_strings([batch.texts[position] for position in echoes]))
         # An echo may differ from the sent text, for example without the tags. It must not be another document.
         strange = [
             (position, echo) for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text
         ]
         if strange:
-            position_of = {text: position for position, text in enumerate(self._document_strings(batch.texts))}
+            all_sent = map(_normalize, self._document_strings(batch.texts))
+            position_of = {text: position for position, text in enumerate(all_sent)}
             for position, echo in strange:
                 if position_of.get(echo, position) != position:
                     return f"document {position} has the text of document {position_of[echo]}"
@@ -229,7 +229,8 @@ class Call:
         index = self._position_of.index(position) if position in self._position_of else self._find_split(position)
         return (
             f"The longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
-            f"max_document_chars, and long_documents='split' to score all of it"
+            f"{'a lower ' if options.max_document_chars else ''}max_document_chars, and long_documents='split' to "
+            f"score all of it"
         )
 
     def _find_split(self, position: int) -> int:
@@ -248,7 +249,7 @@ class Call:
         limit = self.settings.options.total_timeout
         return APITimeoutError(f"no ranking from {self.settings.endpoint.host} within total_timeout={limit:g} s")
 
-    def close(self) -> None:
+    def keep_scores(self) -> None:
         """Keep the new scores in the cache, also those of a call that has failed."""
         if self._cache is not None:
             self._cache.write(
@@ -314,6 +315,11 @@ class Call:
                 f"'regolo-rerank check'",
                 RerankWarning,
             )
+
+
+def _normalize(text: str) -> str:
+    """Return a text as a server may repeat it: as UTF-8 can represent it, and without spaces around it."""
+    return str(replace_surrogates(text)).strip()
 
 
 def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[range]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from urllib.request import getproxies
 
 from regolo_rerank._endpoint import Endpoint
+from regolo_rerank._protocol import REQUEST_ID_HEADERS, Reply
 from regolo_rerank._redaction import redact
 from regolo_rerank._threads import opening
 from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloError
@@ -27,34 +28,15 @@ from regolo_rerank.options import Settings
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Connections", "Reply"]
+__all__ = ["Connections"]
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 REQUESTS_PER_CLIENT: Final = 2
 """Concurrent requests of one httpx client. With more its pool becomes slow (encode/httpcore#1035)."""
 KEEPALIVE_SECONDS: Final = 60.0
-REQUEST_ID_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
-"""Headers with the id of a request, of LiteLLM and of vLLM."""
 _REQUEST_ID_PREFIX: Final = "regolo_rerank-"
 
 C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A complete reply, with the API key redacted.
-
-    Attributes:
-        status_code: The HTTP status.
-        headers: The headers, their names in lower case.
-        text: The body.
-        seconds: Seconds from the start of the request to the last byte.
-    """
-
-    status_code: int
-    headers: dict[str, str]
-    text: str
-    seconds: float
 
 
 class Connections:
@@ -68,7 +50,7 @@ class Connections:
     def __init__(self) -> None:
         self._start_process()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
-        # Also keeps the connections alive until the loop has closed them, if this object is part of a reference cycle.
+        # Refers to the connections until this object is gone: in a reference cycle they would go first, unclosed.
         weakref.finalize(self, self._loops.clear).atexit = False
         # Created at most once for each object, because it takes 20 ms. A new object sees a changed SSL_CERT_FILE.
         self._tls_context = functools.cache(_create_tls_context)
@@ -89,7 +71,7 @@ class Connections:
                 limits unless the option `timeout` is given.
         """
         if settings.options.http_client is not None:
-            return _post(settings.options.http_client, settings, body, seconds)
+            return _send(settings.options.http_client, settings, body, seconds)
         if self._pid != os.getpid():
             self._start_process()
         pool = self._pools.get(settings.endpoint)
@@ -102,7 +84,7 @@ class Connections:
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
-            outcome = _post(member.client, settings, body, seconds)
+            outcome = _send(member.client, settings, body, seconds)
             return outcome
         finally:
             for client in pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
@@ -111,7 +93,7 @@ class Connections:
     async def apost(self, settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
         """Send a request as `post` does. `seconds` limits the whole request."""
         if settings.options.async_http_client is not None:
-            return await _apost(settings.options.async_http_client, settings, body, seconds)
+            return await _asend(settings.options.async_http_client, settings, body, seconds)
         pools = await self._loop_pools()
         pool = pools.by_endpoint.get(settings.endpoint)
         if pool is None:
@@ -123,7 +105,7 @@ class Connections:
             return _describe_environment_error(error)
         outcome: Reply | RegoloError | None = None
         try:
-            outcome = await _apost(member.client, settings, body, seconds)
+            outcome = await _asend(member.client, settings, body, seconds)
             return outcome
         finally:
             for client in pool.give_back(member, is_broken=isinstance(outcome, APIConnectionError)):
@@ -142,8 +124,8 @@ class Connections:
     async def _loop_pools(self) -> "_LoopPools":
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
-            for other in [other for other in self._loops if other.is_closed()]:
-                del self._loops[other]
+            for other in [other for other in list(self._loops) if other.is_closed()]:
+                self._loops.pop(other, None)
             by_endpoint: dict[Endpoint, _Pool[httpx.AsyncClient]] = {}
             guard = _close_with_loop(by_endpoint)
             await anext(guard)
@@ -194,7 +176,7 @@ class _Pool(Generic[C]):
     """httpx clients for one endpoint, each with at most `REQUESTS_PER_CLIENT` requests in flight."""
 
     def __init__(self, open_client: Callable[[], C]) -> None:
-        self._open_client: Callable[[], C] = open_client
+        self._create: Callable[[], C] = open_client
         self._members: list[_Member[C]] = []
 
     def take(self) -> _Member[C]:
@@ -202,7 +184,7 @@ class _Pool(Generic[C]):
         with opening:
             member = min(self._members, key=lambda member: member.in_flight, default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
-                member = _Member(self._open_client())
+                member = _Member(self._create())
                 self._members.append(member)
             member.in_flight += 1
             return member
@@ -254,7 +236,7 @@ def _client_options(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext
     needs_tls = endpoint.is_https or (getproxies() and not endpoint.is_loopback)
     return {
         "verify": tls_context() if needs_tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        "trust_env": not endpoint.is_loopback,  # which also keeps proxies away from this machine
+        "trust_env": not endpoint.is_loopback,  # no proxy on the way to this machine
         "limits": httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
         # A cookie could carry something from one API key's requests into those of another.
         "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -267,7 +249,7 @@ def _create_tls_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _post(client: "httpx.Client", settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
+def _send(client: "httpx.Client", settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
     started = time.monotonic()
     try:
         request = _build_request(client, settings, body, seconds)
@@ -289,7 +271,7 @@ def _post(client: "httpx.Client", settings: Settings, body: bytes, seconds: floa
     return failure
 
 
-async def _apost(
+async def _asend(
     client: "httpx.AsyncClient", settings: Settings, body: bytes, seconds: float | None
 ) -> Reply | RegoloError:
     started = time.monotonic()

@@ -5,6 +5,8 @@ They are in a module apart from the adapter, because LangChain's runnables take 
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextvars import Context
 from typing import Annotated, Any, Final
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -139,6 +141,28 @@ class RerankRetriever(_CallOptions, BaseRetriever):
     reranker: RegoloRerank
     k: Annotated[int | None, SkipValidation] = None
 
+    def invoke(
+        self,
+        input: str,  # noqa: A002 - LangChain's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Return the best documents for a query, with options of one call."""
+        config = ensure_config(config)
+        with _configurable(config) as context:
+            return context.run(super().invoke, input, config, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: str,  # noqa: A002 - LangChain's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Return the documents as `invoke` does, without blocking the event loop."""
+        config = ensure_config(config)
+        with _configurable(config) as context:
+            return await asyncio.create_task(super().ainvoke(input, config, **kwargs), context=context)
+
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
@@ -154,10 +178,20 @@ class RerankRetriever(_CallOptions, BaseRetriever):
         return await reranker.acompress_documents(documents, query, callbacks=run_manager.get_child())
 
     def _reranker_for(self, arguments: dict[str, Any]) -> RegoloRerank:
-        k = arguments.pop("k", None)
-        k = self.k if k is None else k
-        if k is not None:
-            if arguments.get("top_n", self.top_n) is not None:
-                raise InvalidInputError("k: the same as top_n. Pass one of them")
-            arguments["top_n"] = k
-        return self._with_call_options(self.reranker, arguments)
+        own = _replace_k({"k": self.k, "top_n": self.top_n})
+        return self._with_call_options(self.reranker, own | _replace_k(arguments))
+
+
+def _configurable(config: RunnableConfig) -> AbstractContextManager[Context]:
+    """Return a context in which the base retriever finds the configurable fields of a call."""
+    return set_config_context({"configurable": config.get("configurable", {})})
+
+
+def _replace_k(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one level, with `top_n` in place of `k`."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "k" in given:
+        if "top_n" in given:
+            raise InvalidInputError("k: the same as top_n. Pass one of them")
+        given["top_n"] = given.pop("k")
+    return given

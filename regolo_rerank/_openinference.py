@@ -1,4 +1,4 @@
-"""Spans of OpenInference: attributes of a reranker, if the application has loaded its instrumentors."""
+"""Tracers: tokens for LangSmith, and attributes for OpenInference if the application has loaded its instrumentors."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
-__all__ = ["show_inputs", "show_outputs", "show_report"]
+__all__ = ["show_inputs", "show_outputs", "show_report", "show_tokens"]
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -21,6 +21,19 @@ def show_inputs(run: Any, query: str, documents: Sequence[Any], model: str, top_
 def show_outputs(run: Any, documents: Sequence[Any], scores: list[float] | None, **report: Any) -> None:
     """Add the outputs of a LangChain run to its span."""
     _show(run, _attributes(report), output_documents=_describe(documents, scores))
+
+
+def show_tokens(run: Any, report: dict[str, Any]) -> None:
+    """Add the tokens to a LangChain run where LangChain's own models put them, so that LangSmith counts them."""
+    tokens = (report["usage"] or {}).get("total_tokens")
+    if tokens is None:
+        return
+    with _logged_errors():
+        for handler in run.handlers:
+            traced = getattr(handler, "run_map", {}).get(str(run.run_id))
+            if traced is not None:
+                usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
+                traced.extra.setdefault("metadata", {})["usage_metadata"] = usage
 
 
 def _show(run: Any, further: dict[str, Any], **attributes: Any) -> None:

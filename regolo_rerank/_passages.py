@@ -8,7 +8,7 @@ __all__ = ["split_passages"]
 OVERLAP: Final = 0.1
 """Share of a passage that the next one repeats, so that a statement at a border is whole in one of them."""
 
-_SENTENCE_END: Final = re.compile(r"[.!?]+[\"')\]]*\s+|\n\s*\n|[\u3002\uff01\uff1f]\s*")
+_SENTENCE_END: Final = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n|[\u3002\uff01\uff1f]\s*")
 """The end of a sentence in Latin or Chinese and Japanese punctuation, or of a paragraph."""
 
 _SPACE: Final = re.compile(r"\s+")

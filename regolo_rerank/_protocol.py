@@ -17,14 +17,43 @@ from typing import Any, Final, NamedTuple
 
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from regolo_rerank._http import REQUEST_ID_HEADERS, Reply
 from regolo_rerank.errors import APIResponseError, APIStatusError, ContextLengthError, error_for_status
 from regolo_rerank.options import API_KEY_VARIABLE
 
-__all__ = ["Ranking", "Score", "encode", "read_reply", "replace_surrogates", "request_id_of"]
+__all__ = [
+    "REQUEST_ID_HEADERS",
+    "Ranking",
+    "Reply",
+    "Score",
+    "encode",
+    "read_reply",
+    "replace_surrogates",
+    "request_id_of",
+]
 
 _CLIP: Final = 2_000
 _LARGEST: Final = sys.float_info.max  # JSON has integers that are larger, and Python reads NaN and Infinity
+
+
+REQUEST_ID_HEADERS: Final = ("x-litellm-call-id", "x-request-id")
+"""Headers with the id of a request, of LiteLLM and of vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete reply, with the API key redacted.
+
+    Attributes:
+        status_code: The HTTP status.
+        headers: The headers, their names in lower case.
+        text: The body.
+        seconds: Seconds from the start of the request to the last byte.
+    """
+
+    status_code: int
+    headers: dict[str, str]
+    text: str
+    seconds: float
 
 
 class Score(NamedTuple):
@@ -224,7 +253,9 @@ def _read_error(reply: Reply, url: str) -> APIStatusError:
     }
     where = f"HTTP {status}" + (f", request {fields['request_id']}" if fields["request_id"] else "")
     text = f"{message[:_CLIP]} [{where}]"
-    if status == 401:
+    if "key_model_access_denied" in (details.type, details.code):
+        text += ". The API key has no access to this model. Check the option model"
+    elif status == 401:
         text += f". Check the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
     elif status in {404, 405}:
         text += f". No rerank endpoint at {url}: check base_url"
@@ -280,6 +311,8 @@ def _strip_tags(text: str) -> str:
     return " ".join(text[:20_000].split())[:200]
 
 
+_LONGEST_WAIT: Final = 86_400.0
+"""Seconds. A server that asks for more than a day makes a mistake."""
 _RESETS_AT: Final = re.compile(r"Limit resets at: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC")
 _TRY_AGAIN: Final = re.compile(r"[Tt]ry again in (\d+(?:\.\d+)?) seconds")
 
@@ -296,7 +329,7 @@ def _find_wait(headers: Mapping[str, str], message: str) -> float | None:
             waits.append((datetime.fromisoformat(f"{found[1]}+00:00") - now).total_seconds())
     if found := _TRY_AGAIN.search(message):
         waits.append(_read_number(found[1]))
-    return next((max(wait, 0.0) for wait in waits if wait is not None), None)
+    return next((max(wait, 0.0) for wait in waits if wait is not None and wait <= _LONGEST_WAIT), None)
 
 
 def _read_number(text: str | None, unit: float = 1.0) -> float | None:

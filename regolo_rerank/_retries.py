@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from regolo_rerank._call import Batch, Call
-from regolo_rerank._http import Reply
-from regolo_rerank._protocol import request_id_of
+from regolo_rerank._protocol import Reply, request_id_of
 from regolo_rerank.errors import RateLimitError, RegoloError
 
 __all__ = ["Pause", "Send", "Sleep", "attempts"]
@@ -67,10 +66,15 @@ class Pause:
         """Return the seconds until requests may be sent again."""
         return max(0.0, self._ends_at - time.monotonic())
 
-    def refusal(self) -> RateLimitError:
-        """Return the server's refusal, for a request that cannot wait until the pause ends."""
+    def refusal(self, total_timeout: float | None) -> RateLimitError:
+        """Return the error for a request that is not sent, because the pause ends after `total_timeout`."""
         refusal = copy.copy(self._refusal)
         refusal.retry_after = self.seconds_left()
+        message = (
+            f"not sent: after an earlier 429 the client waits for another {refusal.retry_after:.1f} s, longer than "
+            f"total_timeout={total_timeout:g} s. The server's message was: {self._refusal}"
+        )
+        refusal.args = (message,)
         return refusal
 
 
@@ -87,20 +91,20 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
         # First wait for the end of a pause, which may have become longer during the wait.
         if wait := pause.seconds_left():
             if not _fits(wait, call):
-                raise pause.refusal()
+                raise pause.refusal(call.settings.options.total_timeout)
             yield Sleep(wait)
             continue
 
-        outcome = yield Send(call.encode(batch), _time_limit(call))
-        failure = _accept(call, batch, outcome)
+        outcome = yield Send(call.request_body(batch), _time_limit(call))
+        failure = _find_failure(call, batch, outcome)
         if failure is None or call.is_done:
             return
         if call.seconds_left() == 0.0:
             raise call.timeout_error()
 
         # Then decide whether, and when, to try again. The server refuses a request over the limit of parallel requests
-        # until another one ends: that is not a failure, but only a reason to wait.
-        if _is_over_parallel_limit(failure):
+        # until another one ends: within `total_timeout`, that is only a reason to wait.
+        if _is_over_parallel_limit(failure) and call.seconds_left() is not None:
             refusals += 1
             delay = _backoff(refusals)
         else:
@@ -118,7 +122,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
         yield Sleep(delay)
 
 
-def _accept(call: Call, batch: Batch, outcome: Reply | RegoloError | None) -> RegoloError | None:
+def _find_failure(call: Call, batch: Batch, outcome: Reply | RegoloError | None) -> RegoloError | None:
     """Give a reply to the call, and return the failure if it is not valid."""
     if not isinstance(outcome, Reply):
         return outcome

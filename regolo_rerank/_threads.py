@@ -22,7 +22,8 @@ loading: Final = threading.RLock()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)  # a forked process has none of the threads
-    # A fork waits until other threads have opened and loaded theirs: the child could not finish their imports.
+    # A fork waits until no other thread opens clients or loads the model: their half-finished imports would stay
+    # half-finished in the child.
     for _lock in (opening, loading):
         os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 

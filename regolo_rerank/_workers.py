@@ -6,6 +6,10 @@ after the other. They are written side by side and differ only in how they wait.
 Sync calls never send in the caller's thread. The caller waits for the workers and can stop waiting when `total_timeout`
 expires or at Ctrl-C, even if a worker is looking up a host name or reading a reply byte by byte. A worker that is
 left behind is a daemon thread, and ends with its request.
+
+An example, with three batches and `max_concurrency=2`: workers 1 and 2 take batches A and B. Worker 1 gets its reply,
+takes batch C, and C fails for good. The call ends with that error, and the caller raises it. Worker 2 is still in its
+request for B. It no longer counts as busy, and when its reply comes, it finds that the call is done and stops.
 """
 
 import asyncio
@@ -18,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from regolo_rerank._call import Batch, Call
-from regolo_rerank._http import Connections, Reply
+from regolo_rerank._http import Connections
+from regolo_rerank._protocol import Reply
 from regolo_rerank._retries import Pause, Send, Sleep, attempts
 from regolo_rerank._threads import run_in_thread
 from regolo_rerank.errors import RegoloError
@@ -38,7 +43,7 @@ class _Job:
 class _Queue:
     """The batches to send, first come, first served, and the workers that are busy with one.
 
-    A worker whose call has ended does not count as busy: it may be stuck in a request without a waiting caller.
+    A worker may still be in a request after its call has ended. Its caller has stopped waiting, so it does not count.
     """
 
     def __init__(self, max_workers: int) -> None:
@@ -84,22 +89,26 @@ class _Threads:
         while not call.is_done:
             self._wait_until_done(call, call.seconds_left())
             if call.seconds_left() == 0.0:
-                self.fail(call, call.timeout_error())
+                self.end(call, call.timeout_error())
 
-    def fail(self, call: Call, error: BaseException) -> None:
-        """End a call. Its workers may be stuck, so others take their places; those that sleep wake up and end."""
+    def end(self, call: Call, error: BaseException) -> None:
+        """End a call with an error.
+
+        Its workers that sleep wake up and stop. Workers that are stuck in a request are replaced by new ones.
+        """
         with self._changed:
             call.fail(error)
             self._changed.notify_all()
         self._start_workers()
 
     def stop(self, calls: Iterable[Call | RegoloError]) -> None:
-        """End calls without starting others. The workers send nothing more, and those that sleep wake up and end."""
+        """End calls without starting others, and keep the scores that are there."""
         with self._changed:
             for call in calls:
                 if isinstance(call, Call):
                     call.fail(GeneratorExit())
             self._changed.notify_all()
+        _keep_scores(calls)
 
     def take_first(self, pending: deque[Call | RegoloError]) -> Call | RegoloError:
         """Wait for the first of some calls, and remove it."""
@@ -135,7 +144,7 @@ class _Threads:
             try:
                 self._drive(job)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                self.fail(job.call, error)
+                self.end(job.call, error)
             with self._changed:
                 self._queue.finish(job)
                 self._changed.notify_all()
@@ -186,7 +195,7 @@ class _Tasks:
                     await self._changed.wait()
 
     async def work_here(self, call: Call) -> None:
-        """Send the only batch of a call in the caller's task, which can be cancelled and needs no other one."""
+        """Send the only batch of a call in the caller's task, so that no further task is needed."""
         await self._work(_Job(call, call.batches[0]))
 
     def _start_workers(self) -> None:
@@ -237,7 +246,7 @@ def run(call: Call, connections: Connections, pause: Pause) -> None:
         threads.submit(call)
         threads.wait(call)
     except BaseException as interrupt:
-        threads.fail(call, interrupt)  # Ctrl-C: the workers send nothing more
+        threads.end(call, interrupt)  # Ctrl-C: the workers send nothing more
         raise
 
 
@@ -276,7 +285,7 @@ def run_in_order(
             pending.append(call)
             if isinstance(call, Call):
                 threads.submit(call)
-            # Reading more keeps the workers busy, but a slow source must not hold back a finished call.
+            # Reading more pairs keeps the workers busy. Finished calls come first, because the source may be slow.
             while pending and (len(pending) >= max_workers * READ_AHEAD or _is_done(pending[0])):
                 yield threads.take_first(pending)
         while pending:
@@ -285,6 +294,13 @@ def run_in_order(
             raise interruption
     finally:
         threads.stop(pending)
+
+
+def _keep_scores(calls: Iterable[Call | RegoloError | None]) -> None:
+    """Keep the scores of calls that nobody will ask for: their requests are paid."""
+    for call in calls:
+        if isinstance(call, Call):
+            call.keep_scores()
 
 
 def _is_done(call: Call | RegoloError) -> bool:
@@ -354,3 +370,4 @@ class TasksInOrder:
         self._reader.cancel()
         await self._tasks.stop()
         await asyncio.gather(self._reader, return_exceptions=True)
+        _keep_scores(self._pending.get_nowait() for _ in range(self._pending.qsize()))

@@ -10,6 +10,7 @@ import math
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -39,30 +40,40 @@ class SQLiteCache(MutableMapping[str, float]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
         self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
+        weakref.finalize(self, self._database.close)
+        self._execute("PRAGMA journal_mode = WAL")
+        self._execute("PRAGMA synchronous = NORMAL")
+        self._execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
+
+    def _execute(self, statement: str, *values: Any) -> list[Any]:
+        if self._pid != os.getpid():  # SQLite allows no use of a parent's connection after a fork
+            self._connect()
+        with self._lock:
+            return self._database.execute(statement, values).fetchall()
 
     def __getitem__(self, key: str) -> float:
-        row = self._database.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            raise KeyError(key)
-        score: float = row[0]
-        return score
+        for (score,) in self._execute("SELECT score FROM scores WHERE key = ?", key):
+            return float(score)
+        raise KeyError(key)
 
     def __setitem__(self, key: str, score: float) -> None:
-        self._database.execute("REPLACE INTO scores VALUES (?, ?)", (key, score))
+        self._execute("REPLACE INTO scores VALUES (?, ?)", key, score)
 
     def __delitem__(self, key: str) -> None:
-        if not self._database.execute("DELETE FROM scores WHERE key = ?", (key,)).rowcount:
+        if not self._execute("DELETE FROM scores WHERE key = ? RETURNING key", key):
             raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:
-        return (key for (key,) in self._database.execute("SELECT key FROM scores").fetchall())
+        return (key for (key,) in self._execute("SELECT key FROM scores"))
 
     def __len__(self) -> int:
-        count: int = self._database.execute("SELECT count(*) FROM scores").fetchone()[0]
+        count: int = self._execute("SELECT count(*) FROM scores")[0][0]
         return count
 
     def close(self) -> None:

@@ -143,14 +143,15 @@ class RegoloClient:
         """Return a client with other options that shares connections, cache and the pause after a 429.
 
         Args:
-            options: All options at once. None starts from the options of this client.
+            options: An object with all options, which is used as it is if there are no changes. None starts from the
+                options of this client.
             **changes: Options to change, by name, as in the constructor.
 
         Raises:
             InvalidInputError: An option is unknown or has a wrong value.
         """
         copy = object.__new__(type(self))
-        copy._options = (self._options if options is None else options).model_copy(update=changes)
+        copy._options = options if options and not changes else (options or self._options).model_copy(update=changes)
         copy._connections = self._connections
         copy._pauses = self._pauses
         copy._cache_lock = self._cache_lock
@@ -193,7 +194,7 @@ class RegoloClient:
             instruction: The task in one sentence, for prompt formats that use one.
             score_threshold: Drop results with a lower score, after `top_n` was applied.
             total_timeout: Seconds for the whole call.
-            extra_body: Additional JSON fields of each request.
+            extra_body: Additional JSON fields of each request, instead of those of the client.
 
         Returns:
             The ranking, with at most min(N, top_n) results, best first. Each result has the caller's own document.
@@ -219,7 +220,7 @@ class RegoloClient:
         try:
             _workers.run(call, self._connections, self._pause(settings))
         finally:
-            call.close()
+            call.keep_scores()
         return call.response()
 
     @overload
@@ -261,7 +262,7 @@ class RegoloClient:
         try:
             await _workers.run_async(call, self._connections, self._pause(settings))
         finally:
-            call.close()
+            call.keep_scores()
         return call.response()
 
     def score(
@@ -543,7 +544,7 @@ def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankRespo
     try:
         if isinstance(call, RegoloError):
             raise call
-        call.close()
+        call.keep_scores()
         return call.response()
     except RegoloError as error:
         if return_exceptions:

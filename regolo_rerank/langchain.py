@@ -113,7 +113,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Raises:
             RegoloError: As in `RegoloClient.rerank`, unless `on_error` covers the error.
         """
-        documents, config = _check_documents(documents), _find_config(callbacks)
+        documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
             return self._attach_scores(documents, self._rerank(documents, query))
@@ -134,7 +134,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """Return the documents as `compress_documents` does, without blocking the event loop."""
-        documents, config = _check_documents(documents), _find_config(callbacks)
+        documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
             return self._attach_scores(documents, await self._arerank(documents, query))
@@ -261,16 +261,9 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
 
     def _attach_scores(self, documents: list[Document], outcome: Outcome) -> list[Document]:
         """Return copies of the ranked documents with their scores, or after a fallback the first ones without."""
-        key = self.score_metadata_key
         if outcome.response is None:
-            return [_without(document, key) for document in documents[: self.top_n]]
-        kept = []
-        for result in outcome.response:
-            further: dict[str, Any] = {} if key is None else {key: result.relevance_score}
-            if result.passage is not None:
-                further["relevant_passage"] = result.passage
-            kept.append(_copy(result.document, {**result.document.metadata, **further}))
-        return kept
+            return [_copy(document, self._metadata(document.metadata, None)) for document in documents[: self.top_n]]
+        return [_copy(result.document, self._metadata(result.document.metadata, result)) for result in outcome.response]
 
     def _text_of(self, document: Document) -> str:
         if not self.metadata_fields:
@@ -291,7 +284,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
 
 
-def _check_documents(documents: Sequence[Document]) -> list[Document]:
+def _require_documents(documents: Sequence[Document]) -> list[Document]:
     if isinstance(documents, Document):
         raise InvalidInputError("documents: must be a list, got Document. Pass [document]")
     listed = check_documents(documents)
@@ -323,13 +316,6 @@ def _copy(document: Document, metadata: dict[str, Any]) -> Document:
     return copy
 
 
-def _without(document: Document, key: str | None) -> Document:
-    """Return a copy without an earlier score, or the document itself if it has none."""
-    if key is None or key not in document.metadata:
-        return document
-    return _copy(document, {name: value for name, value in document.metadata.items() if name != key})
-
-
 def _write_value(value: Any) -> str:
     """Return a metadata value as a person would write it, or "" for a missing or empty one."""
     if isinstance(value, list | tuple | set | frozenset):
@@ -342,15 +328,9 @@ def _write_value(value: Any) -> str:
 def _trace_outputs(
     run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, kept: list[Document], outcome: Outcome
 ) -> dict[str, Any]:
-    """Return what a trace shows at the end of a run, and pass the tokens to tracers that count them."""
+    """Return the outputs of a run for its trace."""
     scores = None if outcome.response is None else [result.relevance_score for result in outcome.response]
     outputs = {"documents": list(kept), "scores": scores, **outcome.report}
     _openinference.show_outputs(run, **outputs)
-    tokens = (outcome.report["usage"] or {}).get("total_tokens")
-    for handler in run.handlers:
-        # LangSmith reads the tokens from where LangChain's own models put them.
-        traced = getattr(handler, "run_map", {}).get(str(run.run_id))
-        if traced is not None and tokens is not None:
-            usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
-            traced.extra.setdefault("metadata", {})["usage_metadata"] = usage
+    _openinference.show_tokens(run, outcome.report)
     return outputs

@@ -1,6 +1,6 @@
 """LlamaIndex: a node postprocessor that reranks, for query engines and chat engines."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ try:
     from llama_index.core.callbacks import CBEventType, EventPayload
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
     from llama_index_instrumentation import get_dispatcher
 except ImportError as error:
     raise ImportError(f"regolo_rerank.llama_index needs LlamaIndex: {install_hint('llama-index')}") from error
@@ -100,7 +100,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._run(nodes, query_bundle) as run:
+        with self._reported(nodes, query_bundle) as run:
             try:
                 response = self._client_for_call().rerank(run.query, run.nodes, text=self._text_of)
                 run.outcome = Outcome(response, report_ranking(response))
@@ -113,7 +113,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._run(nodes, query_bundle) as run:
+        with self._reported(nodes, query_bundle) as run:
             try:
                 response = await self._client_for_call().arerank(run.query, run.nodes, text=self._text_of)
                 run.outcome = Outcome(response, report_ranking(response))
@@ -123,9 +123,9 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         return run.kept
 
     @contextmanager
-    def _run(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Run"]:
+    def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator["_Rerank"]:
         """Report a rerank to LlamaIndex's events and callbacks, with an end for each start."""
-        run = _Run(nodes, query_bundle)
+        run = _Rerank(nodes, query_bundle)
         top_n = len(run.nodes) if self.top_n is None else self.top_n
         _dispatcher.event(ReRankStartEvent(query=run.query_bundle, nodes=run.nodes, top_n=top_n, model_name=self.model))
         payload: dict[str, Any] = {
@@ -152,22 +152,20 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
 
     def _attach_scores(self, nodes: list[NodeWithScore], outcome: Outcome) -> list[NodeWithScore]:
         """Return copies of the ranked nodes with their scores, or after a fallback the first ones without."""
-        key = self.score_metadata_key
         if outcome.response is None:
-            return [_without(candidate, key) for candidate in nodes[: self.top_n]]
+            return [
+                _copy(candidate, self._metadata(candidate.node.metadata, None)) for candidate in nodes[: self.top_n]
+            ]
         kept = []
         for result in outcome.response:
-            further: dict[str, Any] = {} if key is None else {key: result.relevance_score}
-            if result.passage is not None:
-                further["relevant_passage"] = result.passage
+            metadata = self._metadata(result.document.node.metadata, result)
             if self.keep_retrieval_score:
-                further["retrieval_score"] = result.document.score
-            node = _add_metadata(result.document.node, further) if further else result.document.node
-            kept.append(result.document.model_copy(update={"node": node, "score": result.relevance_score}))
+                metadata["retrieval_score"] = result.document.score
+            kept.append(_copy(result.document, metadata, result.relevance_score))
         return kept
 
 
-class _Run:
+class _Rerank:
     """One rerank, as it is reported to LlamaIndex."""
 
     def __init__(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> None:
@@ -191,24 +189,22 @@ class _Run:
         self.outcome: Outcome
 
 
-def _add_metadata(node: BaseNode, further: dict[str, Any]) -> BaseNode:
-    """Return a copy of a node with further metadata, excluded from the LLM and embedding text."""
-    return node.model_copy(
+def _copy(candidate: NodeWithScore, metadata: dict[str, Any], score: float | None = None) -> NodeWithScore:
+    """Return a copy with other metadata, and with a score if there is one.
+
+    Keys that are new in the metadata are excluded from the LLM and embedding text.
+    """
+    node = candidate.node
+    added = [key for key in metadata if key not in node.metadata]
+    copied = node.model_copy(
         update={
-            "metadata": {**node.metadata, **further},
-            "excluded_embed_metadata_keys": _add_keys(node.excluded_embed_metadata_keys, further),
-            "excluded_llm_metadata_keys": _add_keys(node.excluded_llm_metadata_keys, further),
+            "metadata": metadata,
+            "excluded_embed_metadata_keys": _add_keys(node.excluded_embed_metadata_keys, added),
+            "excluded_llm_metadata_keys": _add_keys(node.excluded_llm_metadata_keys, added),
         }
     )
+    return candidate.model_copy(update={"node": copied, "score": candidate.score if score is None else score})
 
 
-def _add_keys(keys: list[str], further: Iterable[str]) -> list[str]:
+def _add_keys(keys: list[str], further: list[str]) -> list[str]:
     return list(dict.fromkeys([*keys, *further]))
-
-
-def _without(candidate: NodeWithScore, key: str | None) -> NodeWithScore:
-    """Return a copy without an earlier score in the metadata, or the node itself if it has none."""
-    if key is None or key not in candidate.node.metadata:
-        return candidate
-    metadata = {name: value for name, value in candidate.node.metadata.items() if name != key}
-    return candidate.model_copy(update={"node": candidate.node.model_copy(update={"metadata": metadata})})

@@ -1,7 +1,7 @@
 """Options of the client and both adapters, and the settings of one call that follow from them.
 
-`Options` holds fields and validators only. `resolve` turns them into frozen `Settings` at the start of each call, so
-that an option or environment variable that changes later affects the next call and not the current one.
+`Options` holds fields and validators only. `resolve` turns them into frozen `Settings` at the start of each call. A
+later change of an option or environment variable affects the next call.
 """
 
 import difflib
@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import sqlite3
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
@@ -28,6 +29,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import to_json
 
 from regolo_rerank._endpoint import DEFAULT_BASE_URL, Endpoint, parse_base_url
 from regolo_rerank._version import __version__
@@ -67,7 +69,7 @@ def _check_key(value: object) -> SecretStr | None:
     key = key.strip()
     if key.lower().startswith("bearer ") or key[:1] in {"'", '"'} or key[-1:] in {"'", '"'}:
         raise ValueError("must be the key itself, without 'Bearer ' and without quotes")
-    if re.fullmatch(r"(?i)([\w.-]+/)?[\w.-]*rerank[\w.-]*", key):
+    if re.fullmatch(r"(?i)(?!sk-)([\w.-]+/)?[\w.-]*rerank[\w.-]*", key):
         raise ValueError("looks like a model. Pass it as model=...")
     for position, character in enumerate(key):
         if not "!" <= character <= "~":
@@ -105,6 +107,7 @@ def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must not contain {', '.join(sorted(ours))}. Pass it as the argument with that name")
     try:
         copied: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
+        to_json(copied)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be plain JSON: {error}") from None
     return copied
@@ -112,7 +115,10 @@ def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _check_cache(cache: Any) -> Any:
     if isinstance(cache, str | os.PathLike):
-        return SQLiteCache(cache)
+        try:
+            return SQLiteCache(cache)
+        except (sqlite3.Error, OSError) as error:
+            raise ValueError(f"cannot open {os.fspath(cache)!r} as an SQLite file: {error}") from None
     is_mapping = all(hasattr(cache, name) for name in ("get", "__getitem__", "__setitem__"))
     if cache is not None and (isinstance(cache, type) or not is_mapping):
         raise ValueError("must be a path or a mutable mapping, such as a dict")
@@ -183,13 +189,15 @@ class Options(BaseModel):
     `Qwen3-Reranker*`. A blank document never passes."""
 
     timeout: Seconds = 60.0
-    """Seconds per attempt, from connecting to the last byte of the reply."""
+    """Seconds per attempt, from connecting to the last byte of the reply. In sync calls it limits each network
+    operation, and the time until the body is complete."""
 
     total_timeout: Seconds | None = 90.0
     """Seconds for a whole call: all requests, retries and waits. None means no limit."""
 
     max_retries: Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=0)] = 3
-    """Further attempts per request, at least 0."""
+    """Further attempts per request, at least 0. Refusals because of too many parallel requests do not count within
+    `total_timeout`."""
 
     batch_size: Count = 100
     """Maximum number of documents per request."""
@@ -211,7 +219,7 @@ class Options(BaseModel):
     default_headers: Annotated[dict[str, str], AfterValidator(_check_headers)] | None = Field(default=None, repr=False)
     """Additional HTTP headers, such as a gateway's tags, but never the key."""
 
-    extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = None
+    extra_body: Annotated[dict[str, Any], AfterValidator(_check_extra_body)] | None = Field(default=None, repr=False)
     """Additional JSON fields of each request."""
 
     allow_http: bool = Field(default=False, strict=True)
@@ -390,9 +398,9 @@ def resolve(options: Options, *, is_async: bool, **arguments: Any) -> Settings:
     endpoint = _find_endpoint(options)
     if endpoint.is_local and (options.http_client or options.async_http_client):
         raise InvalidInputError("http_client: local:// sends nothing. Remove http_client, or set another base_url")
-    if options.scorer and not endpoint.is_local:
+    if options.scorer is not None and not endpoint.is_local:
         raise InvalidInputError(f"scorer: needs base_url='local://', got {endpoint.host}. Remove one of them")
-    if options.scorer and options.cache is not None:
+    if options.scorer is not None and options.cache is not None:
         raise InvalidInputError("cache: cannot tell the scores of two scorers apart. Remove cache or scorer")
     prompt_format = _find_format(options, endpoint)
     # Regolo documents this field. Other servers may reject it. Substitutes are rejected in any case.

@@ -39,7 +39,7 @@ class RerankResult(Generic[T]):
 
 @dataclass(slots=True)
 class Usage:
-    """Usage of one call, added up over its requests.
+    """Usage of one call, added up over the requests whose replies report it.
 
     Attributes:
         total_tokens: Tokens as counted by the server, or None if it does not report them, or reports 0.

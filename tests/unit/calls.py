@@ -7,7 +7,7 @@ from typing import Any, Final
 from hypothesis import HealthCheck, settings
 
 from regolo_rerank._call import Batch, Call
-from regolo_rerank._http import Reply
+from regolo_rerank._protocol import Reply
 from regolo_rerank.cache import QueryCache
 from regolo_rerank.options import Options, resolve
 
@@ -69,4 +69,4 @@ def rank(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def answer(call: Call, batch: Batch) -> None:
     """Give a batch the right reply."""
-    call.accept(batch, reply_of(rank(json.loads(call.encode(batch)))))
+    call.accept(batch, reply_of(rank(json.loads(call.request_body(batch)))))

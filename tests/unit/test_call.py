@@ -37,7 +37,7 @@ def pairs(response: RerankResponse[Any]) -> Pairs:
 
 def request_of(call: Call, batch: Batch) -> dict[str, Any]:
     """Return the JSON of a batch's request."""
-    request: dict[str, Any] = json.loads(call.encode(batch))
+    request: dict[str, Any] = json.loads(call.request_body(batch))
     return request
 
 
@@ -125,7 +125,7 @@ def test_any_documents_rank_as_in_one_plain_sort(
         call = begin(texts, cache=None if known == "none" else cache, **options)
         sent: list[str] = []
         for batch in chosen.sample(call.batches, len(call.batches)):
-            body = call.encode(batch)
+            body = call.request_body(batch)
             request = json.loads(body)
             sent += request["documents"]
             assert 1 <= len(request["documents"]) <= options["batch_size"]
@@ -136,7 +136,7 @@ def test_any_documents_rank_as_in_one_plain_sort(
             call.accept(batch, reply_of(reply))
         assert call.is_done
         response = call.response()
-        call.close()
+        call.keep_scores()
     assert Counter(sent) == Counter(map(join_surrogates, parts - before))
     assert response.usage.requests == len(call.batches)
     assert pairs(response) == plain_ranking(texts, options)
@@ -169,14 +169,14 @@ def test_no_byte_is_forgotten(count: int, text: str) -> None:
     texts = [f"{index:02}{text}" for index in range(count)]
     for limit in range(300, 420):
         call = begin(texts, max_request_bytes=limit)
-        assert max(len(call.encode(batch)) for batch in call.batches) <= limit
+        assert max(len(call.request_body(batch)) for batch in call.batches) <= limit
 
 
 def test_a_request_may_be_as_large_as_the_limit() -> None:
     """The limit counts every byte of the JSON: one byte less makes two requests."""
     texts = ['"\x00é', "b" * 400]
     (batch,) = begin(texts).batches
-    size = len(begin(texts).encode(batch)) + len('00"')  # room for `top_n` and a comma is always kept
+    size = len(begin(texts).request_body(batch)) + len('00"')  # room for `top_n` and a comma is always kept
     assert len(begin(texts, max_request_bytes=size).batches) == 1
     assert len(begin(texts, max_request_bytes=size - 4).batches) == 2
 
@@ -357,8 +357,8 @@ def test_usage_is_added_up_over_the_requests() -> None:
     """Id and meta come from the first reply, request ids from all, and every encoded request counts."""
     call = begin(["a", "b", "c"], batch_size=1)
     for number, batch in enumerate(call.batches):
-        call.encode(batch)
-        call.encode(batch)
+        call.request_body(batch)
+        call.request_body(batch)
         headers = {"x-litellm-call-id": f"call-{number}", "x-litellm-response-cost": "0.1"} if number else {}
         body = results_of((0, 0.5), id=f"id-{number}", meta=number, usage={"total_tokens": number}, model="m")
         call.accept(batch, reply_of(body, headers=headers))
@@ -403,7 +403,7 @@ def test_a_failed_call_keeps_the_scores_that_it_paid_for() -> None:
         call = begin(["a", "b"], batch_size=1, cache=QueryCache(known, threading.Lock()))
         answer(call, call.batches[0])
         call.fail(ServerError("down"))
-        call.close()
+        call.keep_scores()
     assert sorted(known.values()) == sorted(map(score_of, "ab"))
 
 

@@ -20,8 +20,7 @@ from regolo_rerank import (
     RegoloError,
     ServerError,
 )
-from regolo_rerank._http import Reply
-from regolo_rerank._protocol import Ranking, encode, read_reply, replace_surrogates, request_id_of
+from regolo_rerank._protocol import Ranking, Reply, encode, read_reply, replace_surrogates, request_id_of
 from regolo_rerank.errors import error_for_status
 from tests.unit.calls import URL, begin, cases, join_surrogates, rank, reply_of, results_of, score_of
 
@@ -505,7 +504,7 @@ def test_a_changed_success_is_the_right_ranking_or_an_error(seed: int) -> None:
         texts = [f"{index} {chosen.randrange(99)}" for index in range(chosen.randint(1, 5))]
         call = begin(texts)
         (batch,) = call.batches
-        reply = rank(json.loads(call.encode(batch)))
+        reply = rank(json.loads(call.request_body(batch)))
         for _ in range(chosen.randrange(3)):
             change(chosen, reply)
         text = json.dumps(reply)
@@ -557,6 +556,6 @@ def test_any_texts_come_back_as_themselves(texts: list[str]) -> None:
     """Unicode of any kind, lone surrogates included, is sent and ranked, and its echo is accepted."""
     call = begin(texts)
     (batch,) = call.batches
-    call.accept(batch, reply_of(rank(json.loads(call.encode(batch)))))
+    call.accept(batch, reply_of(rank(json.loads(call.request_body(batch)))))
     expected = sorted(((-score_of(join_surrogates(text)), index) for index, text in enumerate(texts)))
     assert [(-result.relevance_score, result.index) for result in call.response()] == expected

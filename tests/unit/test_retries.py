@@ -14,7 +14,7 @@ from regolo_rerank import (
     RegoloError,
     ServerError,
 )
-from regolo_rerank._http import Reply
+from regolo_rerank._protocol import Reply
 from regolo_rerank._retries import Pause, Send, Sleep, attempts
 from tests.unit.calls import KEY, begin, reply_of, results_of
 from tests.unit.conftest import Clock
@@ -160,12 +160,19 @@ def test_waits_are_random_within_their_bounds(
 
 def test_a_limit_on_parallel_requests_is_no_failure(clock: Clock) -> None:
     """Refusals for too many parallel requests use up no retries, and hold back no other request."""
-    loop = Loop(clock, max_retries=1, total_timeout=None)
+    loop = Loop(clock, max_retries=1, total_timeout=1_000.0)
     loop.run(*[PARALLEL] * 20, DOWN, *[PARALLEL] * 5, GOOD)
     assert len(loop.sent) == 27
     assert max(loop.slept) <= 8
     assert loop.pause.seconds_left() == 0.0
     assert loop.call.response().usage.requests == 27
+
+
+def test_without_total_timeout_refusals_count_as_failures(clock: Clock) -> None:
+    """Otherwise a call could go on without end."""
+    loop = Loop(clock, max_retries=2, total_timeout=None)
+    assert type(loop.fail(*[PARALLEL] * 99)) is RateLimitError
+    assert len(loop.sent) == 3
 
 
 def test_a_limit_on_parallel_requests_ends_with_total_timeout(clock: Clock) -> None:
@@ -243,8 +250,8 @@ def test_a_pause_only_becomes_longer() -> None:
     pause.extend(100, RateLimitError("first", status_code=429))
     pause.extend(1, RateLimitError("second", status_code=429))
     assert 99 < pause.seconds_left() <= 100
-    assert str(pause.refusal()) == "first"
-    assert pause.refusal() is not pause.refusal()  # each request raises its own error
+    assert str(pause.refusal(5.0)).endswith("The server's message was: first")
+    assert pause.refusal(5.0) is not pause.refusal(5.0)  # each request raises its own error
 
 
 def test_a_request_that_cannot_wait_for_the_pause_fails_at_once(clock: Clock) -> None:
@@ -256,7 +263,9 @@ def test_a_request_that_cannot_wait_for_the_pause_fails_at_once(clock: Clock) ->
     loop = Loop(clock, pause, total_timeout=50.0)
     error = loop.fail()
     assert loop.sent == []
-    assert (str(error), error.request_id, error.retry_after) == ("slow down", "call-1", 60.0)
+    assert str(error).startswith("not sent: after an earlier 429 the client waits for another 60.0 s, longer than ")
+    assert str(error).endswith("total_timeout=50 s. The server's message was: slow down")
+    assert (error.request_id, error.retry_after) == ("call-1", 60.0)
     assert error is not refused
     assert refused.retry_after == 100
 
