@@ -25,6 +25,7 @@ RUNNABLE = [path for path in ALL if path.stem != "ray_data"]  # tests/external/r
 
 
 def stem(path: Path) -> str:
+    """Return the id of a test."""
     return path.stem
 
 
