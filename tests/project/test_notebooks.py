@@ -1,4 +1,5 @@
 import re
+import tomllib
 from base64 import b64decode
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_stored_outputs_are_fit_to_publish(path: Path) -> None:
             assert len(b64decode(charts)) <= MAX_CHART_BYTES
             assert all(len(line) <= 78 for line in output.get("text", "").splitlines())
     assert not REMOVED_MODULES.findall("".join(outputs(notebook)))
+
+
+@pytest.mark.parametrize("path", ALL, ids=stem)
+def test_its_first_line_installs_extras_that_exist(path: Path) -> None:
+    """The extras in `%pip install "..[...]"` are those of the project."""
+    project = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    code = next(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    extras = re.match(r'%pip install -q "\.\.\[([\w,-]+)\]"', code)
+    assert extras
+    assert set(extras.group(1).split(",")) <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=stem)

@@ -21,7 +21,8 @@ TIME: Final = re.compile(r"[\d,.]+ seconds")
 def read(path: Path) -> "NotebookNode":
     """Return a stored notebook."""
     nbformat: Any = pytest.importorskip("nbformat", reason="part of the extra [dev]")
-    return nbformat.read(path, as_version=4)
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    return notebook
 
 
 def run(notebook: "NotebookNode", folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
