@@ -195,18 +195,17 @@ class Call:
             return f"it contains index {next(index for index in indices if indices.count(index) > 1)} more than once"
         if len(indices) < wanted:
             return f"it ranks {len(indices)} documents instead of {wanted}"
-        echoes = {score.position: _normalize(score.echo) for score in ranking.scores if score.echo is not None}
-        sent = map(_normalize, self._document_strings([batch.texts[position] for position in echoes]))
-        # An echo may differ from the sent text, for example without the tags. It must not be another document.
-        strange = [
-            (position, echo) for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text
-        ]
+        echoes = {score.position: score.echo for score in ranking.scores if score.echo is not None}
+        sent = self._document_strings([batch.texts[position] for position in echoes])
+        strange = [position for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text]
         if strange:
-            all_sent = map(_normalize, self._document_strings(batch.texts))
-            position_of = {text: position for position, text in enumerate(all_sent)}
-            for position, echo in strange:
-                if position_of.get(echo, position) != position:
-                    return f"document {position} has the text of document {position_of[echo]}"
+            # An echo may differ from the sent text, for example without the tags. It must not be another document.
+            stripped = [text.strip() for text in self._document_strings(batch.texts)]
+            position_of = {text: position for position, text in enumerate(stripped)}
+            for position in strange:
+                other = position_of.get(echoes[position].strip(), position)
+                if replace_surrogates(stripped[other]) != replace_surrogates(stripped[position]):
+                    return f"document {position} has the text of document {other}"
         return None
 
     def _advise(self, error: APIStatusError, batch: Batch) -> str:
@@ -315,11 +314,6 @@ class Call:
                 f"'regolo-rerank check'",
                 RerankWarning,
             )
-
-
-def _normalize(text: str) -> str:
-    """Return a text as a server may repeat it: as UTF-8 can represent it, and without spaces around it."""
-    return str(replace_surrogates(text)).strip()
 
 
 def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[range]:

@@ -308,10 +308,9 @@ def _build_request(
     own: dict[str, Any] = {} if settings.timeout is None else {"timeout": seconds}
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
-    request = client.build_request("POST", settings.endpoint.url, content=body, headers=headers, **own)
     if settings.key is not None:
-        request.headers["Authorization"] = f"Bearer {settings.key.get_secret_value()}"
-    return request
+        headers["authorization"] = f"Bearer {settings.key.get_secret_value()}"
+    return client.build_request("POST", settings.endpoint.url, content=body, headers=headers, **own)
 
 
 def _send_options(settings: Settings) -> dict[str, Any]:

@@ -67,7 +67,13 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
     if text is None:
         texts = documents
     elif callable(text):
-        texts = [_call_text(index, document, text) for index, document in enumerate(documents)]
+        texts = []
+        for index, document in enumerate(documents):
+            try:
+                texts.append(text(document))
+            except Exception as error:
+                problem = f"documents[{index}]: the function text raised {type(error).__name__}: {error}"
+                raise InvalidInputError(problem) from error
     elif isinstance(text, str):
         texts = [_get_field(index, document, text) for index, document in enumerate(documents)]
     else:
@@ -77,14 +83,6 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
             if not isinstance(value, str):
                 raise InvalidInputError(f"documents[{index}]: {_describe_wrong_text(value, documents[index], text)}")
     return texts
-
-
-def _call_text(index: int, document: Any, text: Callable[[Any], str]) -> Any:
-    try:
-        return text(document)
-    except Exception as error:
-        problem = f"documents[{index}]: the function text raised {type(error).__name__}: {error}"
-        raise InvalidInputError(problem) from error
 
 
 def _get_field(index: int, document: Any, name: str) -> Any:

@@ -116,7 +116,10 @@ class PromptFormat(BaseModel):
         preceding = before or self.query
         if not self.escape:
             return [f"{before}{text}{after}" for text in documents]
-        return [f"{before}{self._fill(preceding, text)}{after}" for text in documents]
+        return [
+            f"{before}{self._fill(preceding, text) if '<' in text or text.startswith('|') else text}{after}"
+            for text in documents
+        ]
 
     def _fill(self, preceding: str, text: str) -> str:
         """Escape special tokens in text, and prevent new ones where it touches its neighbours."""
