@@ -227,6 +227,9 @@ def _open_async_client(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLCont
 
 
 def _client_options(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> dict[str, Any]:
+    # A connection would load this codec. A fork waits while clients are opened, but not while they connect.
+    import encodings.idna  # noqa: F401 - only to be loaded
+
     import httpx
 
     if endpoint.is_local:
