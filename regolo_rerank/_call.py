@@ -45,7 +45,7 @@ class Batch:
 
 
 class Call:
-    """One query and its texts. Workers call `accept` and `fail`. The caller waits until `is_done`.
+    """One query and its texts. Workers call `accept` and `fail`. The caller waits until `is_finished`.
 
     Args:
         settings: The settings of the call.
@@ -162,7 +162,7 @@ class Call:
         return max(0.0, self.deadline - time.monotonic())
 
     @property
-    def is_done(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all batches were accepted, or one has failed."""
         return self._failure is not None or len(self._rankings) == len(self.batches)
 
@@ -240,7 +240,7 @@ class Call:
 
     def fail(self, error: BaseException) -> None:
         """End the call with its first final error."""
-        if not self.is_done:
+        if not self.is_finished:
             self._failure = error
 
     def timeout_error(self) -> APITimeoutError:

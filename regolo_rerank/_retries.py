@@ -87,7 +87,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
     """
     call.start()
     failures = refusals = 0
-    while not call.is_done:
+    while not call.is_finished:
         # First wait for the end of a pause, which may have become longer during the wait.
         if wait := pause.seconds_left():
             if not _fits(wait, call):
@@ -97,7 +97,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
 
         outcome = yield Send(call.request_body(batch), _time_limit(call))
         failure = _find_failure(call, batch, outcome)
-        if failure is None or call.is_done:
+        if failure is None or call.is_finished:
             return
         if call.seconds_left() == 0.0:
             raise call.timeout_error()

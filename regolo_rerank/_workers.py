@@ -56,11 +56,11 @@ class _Queue:
 
     def take(self) -> _Job | None:
         """Return the next batch, or None if the queue is empty or all workers are busy."""
-        if sum(not job.call.is_done for job in self._running) >= self._max_workers:
+        if sum(not job.call.is_finished for job in self._running) >= self._max_workers:
             return None
         while self._waiting:
             job = self._waiting.popleft()
-            if not job.call.is_done:
+            if not job.call.is_finished:
                 self._running.add(job)
                 return job
         return None
@@ -86,8 +86,8 @@ class _Threads:
 
     def wait(self, call: Call) -> None:
         """Wait until a call is done, at most until its `total_timeout` expires."""
-        while not call.is_done:
-            self._wait_until_done(call, call.seconds_left())
+        while not call.is_finished:
+            self._wait_until_finished(call, call.seconds_left())
             if call.seconds_left() == 0.0:
                 self.end(call, call.timeout_error())
 
@@ -116,9 +116,9 @@ class _Threads:
             self.wait(pending[0])
         return pending.popleft()
 
-    def _wait_until_done(self, call: Call, seconds: float | None) -> None:
+    def _wait_until_finished(self, call: Call, seconds: float | None) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: call.is_done, seconds)
+            self._changed.wait_for(lambda: call.is_finished, seconds)
 
     def _start_workers(self) -> None:
         while (job := self._take()) is not None:
@@ -159,7 +159,7 @@ class _Threads:
 
     def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
         if isinstance(step, Sleep):
-            self._wait_until_done(call, step.seconds)
+            self._wait_until_finished(call, step.seconds)
             return None
         return self._connections.post(call.settings, step.body, step.seconds)
 
@@ -181,16 +181,16 @@ class _Tasks:
 
     async def wait(self, call: Call) -> None:
         """Wait until a call is done, at most until its `total_timeout` expires."""
-        while not call.is_done:
-            await self._wait_until_done(call, call.seconds_left())
+        while not call.is_finished:
+            await self._wait_until_finished(call, call.seconds_left())
             if call.seconds_left() == 0.0:
                 call.fail(call.timeout_error())
                 self._start_workers()
 
-    async def _wait_until_done(self, call: Call, seconds: float | None) -> None:
+    async def _wait_until_finished(self, call: Call, seconds: float | None) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not call.is_done:
+                while not call.is_finished:
                     self._changed.clear()
                     await self._changed.wait()
 
@@ -227,7 +227,7 @@ class _Tasks:
 
     async def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
         if isinstance(step, Sleep):
-            await self._wait_until_done(call, step.seconds)
+            await self._wait_until_finished(call, step.seconds)
             return None
         return await self._connections.apost(call.settings, step.body, step.seconds)
 
@@ -286,7 +286,7 @@ def run_in_order(
             if isinstance(call, Call):
                 threads.submit(call)
             # Reading more pairs keeps the workers busy. Finished calls come first, because the source may be slow.
-            while pending and (len(pending) >= max_workers * READ_AHEAD or _is_done(pending[0])):
+            while pending and (len(pending) >= max_workers * READ_AHEAD or _is_finished(pending[0])):
                 yield threads.take_first(pending)
         while pending:
             yield threads.take_first(pending)
@@ -303,8 +303,8 @@ def _keep_scores(calls: Iterable[Call | RegoloError | None]) -> None:
             call.keep_scores()
 
 
-def _is_done(call: Call | RegoloError) -> bool:
-    return isinstance(call, RegoloError) or call.is_done
+def _is_finished(call: Call | RegoloError) -> bool:
+    return isinstance(call, RegoloError) or call.is_finished
 
 
 class TasksInOrder:

@@ -134,7 +134,7 @@ def test_any_documents_rank_as_in_one_plain_sort(
             reply = rank({**request, "top_n": chosen.randint(request["top_n"], len(request["documents"]))})
             chosen.shuffle(reply["results"])
             call.accept(batch, reply_of(reply))
-        assert call.is_done
+        assert call.is_finished
         response = call.response()
         call.keep_scores()
     assert Counter(sent) == Counter(map(join_surrogates, parts - before))
@@ -152,7 +152,7 @@ def test_batches_are_even(count: int, batch_size: int, sizes: list[int]) -> None
     """There are as few requests as `batch_size` allows, and none is more than one document larger than another."""
     call = begin([str(index) for index in range(count)], batch_size=batch_size)
     assert [len(batch.texts) for batch in call.batches] == sizes
-    assert call.is_done is (count == 0)
+    assert call.is_finished is (count == 0)
 
 
 def test_batches_by_bytes_are_even_if_they_can_be() -> None:
@@ -269,7 +269,7 @@ def test_a_reply_must_rank_every_document_once(scores: Pairs, problem: str) -> N
         call.accept(batch, reply_of(results_of(*scores), headers={"x-litellm-call-id": "call-1"}))
     assert caught.value.request_id == "call-1"
     assert caught.value.body.startswith('{"results"')
-    assert not call.is_done
+    assert not call.is_finished
     call.accept(batch, reply_of(results_of((0, 0.1), (1, 0.2))))
     assert pairs(call.response()) == [(1, 0.2), (0, 0.1)]
 
@@ -293,7 +293,7 @@ def test_an_echo_may_be_anything_but_another_document(echoes: list[str | None]) 
     (batch,) = call.batches
     results = [{"index": index, "relevance_score": 0.5, "document": echo} for index, echo in enumerate(echoes)]
     call.accept(batch, reply_of({"results": results}))
-    assert call.is_done
+    assert call.is_finished
     for wrong, problem in ((1, "document 1 has the text of document 0"), (0, "document 0 .* document 1")):
         results[wrong]["document"] = f"D: {'ba'[wrong]}"
         with pytest.raises(APIResponseError, match=problem):
@@ -383,7 +383,7 @@ def test_the_first_final_error_ends_a_call() -> None:
     call = begin(["a", "b"], batch_size=1, index=7)
     call.fail(ServerError("first"))
     call.fail(ServerError("second"))
-    assert call.is_done
+    assert call.is_finished
     with pytest.raises(ServerError, match="first") as caught:
         call.response()
     assert caught.value.index == 7
