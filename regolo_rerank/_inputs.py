@@ -81,7 +81,7 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
     if not set(map(type, texts)) <= {str}:
         for index, value in enumerate(texts):
             if not isinstance(value, str):
-                raise InvalidInputError(f"documents[{index}]: {_describe_wrong_text(value, documents[index], text)}")
+                raise InvalidInputError(f"documents[{index}]: {_describe_wrong_text(value, text)}")
     return texts
 
 
@@ -102,11 +102,12 @@ _ADVICE: Final = {
 }
 
 
-def _describe_wrong_text(value: Any, document: Any, text: object) -> str:
+def _describe_wrong_text(value: Any, text: object) -> str:
     """Return the problem with a value that should be a text. Missing values are named, also NaN and pandas.NA."""
     kind = type(value).__name__
     if value is None or kind == "NAType" or (isinstance(value, float) and value != value):  # noqa: PLR0124 - NaN differs from itself
         missing = "NaN" if isinstance(value, float) else "pandas.NA" if kind == "NAType" else "None"
         return f"must be a string, got {missing}, a missing value. Drop it or replace it by ''"
-    advice = f". {_ADVICE[kind]}" if text is None and value is document and kind in _ADVICE else ""
-    return f"must be a string, got {kind}{advice}"
+    if text is not None or (type(value).__module__ == "builtins" and kind not in _ADVICE):
+        return f"must be a string, got {kind}"
+    return f"must be a string, got {kind}. {_ADVICE.get(kind, _ADVICE['dict'])}"

@@ -7,17 +7,18 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextvars import Context
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import set_config_context
-from pydantic import BaseModel, ConfigDict, SecretStr, SkipValidation, create_model
+from pydantic import BaseModel, ConfigDict, SecretStr, SkipValidation, ValidationError, create_model
 
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.langchain import RegoloRerank
+from regolo_rerank.options import explain
 
 __all__ = ["RerankRetriever", "RerankStep"]
 
@@ -124,7 +125,7 @@ class RerankRetriever(_CallOptions, BaseRetriever):
         k: Number of documents to keep, the same as `top_n`. None uses the reranker's `top_n`.
 
     Raises:
-        pydantic.ValidationError: An argument is unknown or has a wrong type.
+        InvalidInputError: An argument is unknown or has a wrong type.
 
     Examples:
         >>> from langchain_core.runnables import RunnableLambda
@@ -140,6 +141,14 @@ class RerankRetriever(_CallOptions, BaseRetriever):
     base_retriever: Runnable[str, Any]
     reranker: RegoloRerank
     k: Annotated[int | None, SkipValidation] = None
+
+    if not TYPE_CHECKING:  # type checkers read the parameters from the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise explain(error, type(self)) from None
 
     def invoke(
         self,

@@ -319,6 +319,7 @@ _HINTS: Final = {
     "truncation": "did you mean max_document_chars? It counts characters, not tokens",
     "truncate": "did you mean max_document_chars? It counts characters, not tokens",
     "client": "did you mean http_client?",
+    "base_compressor": "did you mean reranker?",
     "device": "leave it out. The model runs on the server",
     "use_fp16": "leave it out. The model runs on the server",
     "llm": "pass the model's name as model. The server runs it",

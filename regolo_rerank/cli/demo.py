@@ -26,9 +26,9 @@ _ROWS: Final = 3
 
 _NEXT: Final = """
 Next steps:
-  1. Rank your own documents:   regolo-rerank rank "your question" FILE
+  1. Rank your own documents:   regolo-rerank rank {local}"question" FILE
   2. Measure your own queries:  regolo-rerank evaluate --help
-  3. Use it in your code:       from regolo_rerank.langchain import RegoloRerank"""
+  3. Use it in your code:       regolo_rerank.langchain, regolo_rerank.llama_index"""
 
 
 def run(**options: Any) -> int:
@@ -59,7 +59,7 @@ def run(**options: Any) -> int:
     show(f"\nLangChain and LlamaIndex return {'the same' if agree else 'different'} documents.\n")
     with open_client(options) as client:
         _print_figures(evaluate(list(queries.values()), client))
-    show(_NEXT)
+    show(_NEXT.format(local="--local " if server.startswith("local:") else ""))
     return 0
 
 

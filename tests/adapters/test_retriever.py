@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import create_retriever_tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from regolo_rerank import InvalidInputError, RerankFallbackWarning
 from regolo_rerank.langchain import RegoloRerank, RerankRetriever
@@ -103,7 +103,7 @@ def test_other_arguments_are_rejected(
 def test_a_wrong_option_is_rejected_at_construction(langchain: RegoloRerank) -> None:
     """An unknown name is an error, and the values of other options, such as a key, are not shown."""
     wrong: Any = {"api_keys": KEY}
-    with pytest.raises(ValidationError, match="api_keys") as rejected:
+    with pytest.raises(InvalidInputError, match="api_keys: unknown option, did you mean") as rejected:
         RerankRetriever(base_retriever=Everything(), reranker=langchain, **wrong)
     assert KEY not in str(rejected.value)
 
@@ -199,3 +199,9 @@ def test_an_agents_tool_survives_an_empty_query(call: Call, langchain: RegoloRer
             assert call(tool.invoke, {"query": ""}) == "a score=0.1\n\nb score=0.9"
         assert call(tool.invoke, {"query": QUERY}) == "b score=0.9\n\nc score=0.5"
     assert len(stub.received) == 2
+
+
+def test_the_old_names_of_arguments_are_recognised() -> None:
+    """Code for `ContextualCompressionRetriever` gets the new name."""
+    with pytest.raises(InvalidInputError, match="base_compressor: unknown option, did you mean reranker"):
+        RerankRetriever(base_retriever=RunnableLambda(lambda _: []), base_compressor=RegoloRerank())  # type: ignore[call-arg]
