@@ -26,9 +26,9 @@ _ROWS: Final = 3
 
 _NEXT: Final = """
 Next steps:
-  1. Rank your own documents:   regolo-rerank rank {local}"question" FILE
-  2. Measure your own queries:  regolo-rerank evaluate --help
-  3. Use it in your code:       regolo_rerank.langchain, regolo_rerank.llama_index"""
+  1. Rank your documents:   regolo-rerank rank {local}"your question" FILE
+  2. Measure your queries:  regolo-rerank evaluate --help
+  3. Use it in your code:   regolo_rerank.langchain, regolo_rerank.llama_index"""
 
 
 def run(**options: Any) -> int:
