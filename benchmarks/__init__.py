@@ -1,1 +1,1 @@
-"""What a call costs, beside the least that it could cost and beside other rerankers: `python -m benchmarks`."""
+"""Client overhead of a call, compared with the minimum and with other rerankers: `python -m benchmarks`."""

@@ -39,7 +39,7 @@ SHORT = {"top5": 31, "imports": 5}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print the table and write the JSON; return the exit status."""
+    """Run, print the table, write the JSON and return the exit status."""
     arguments = _parser().parse_args(argv)
     environment = _environment()
     print("Python {python}, {system}, {cores} cores, load {load[0]:.1f}".format_map(environment))
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     choose(
         "--short", action="store_true", help=f"{' and '.join(SHORT)} without peers, with a margin of {MARGIN - 1:.0%}%"
     )
-    choose("--rounds", type=int, metavar="N", help="rounds of each measure, in place of its own number")
+    choose("--rounds", type=int, metavar="N", help="rounds of each measure, instead of its default")
     choose("--json", type=Path, metavar="FILE", default=Path("build/benchmarks.json"), help="default: %(default)s")
     return parser
 
@@ -108,7 +108,7 @@ def _table(measured: Measured, results: list[Result]) -> Iterator[str]:
 
 
 def _drop_settings() -> None:
-    """Forget the environment's proxies and tracers, which are no part of a call."""
+    """Forget the environment's proxies and tracers, which do not belong to a call."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith(("LANGCHAIN_", "LANGSMITH_", "REGOLO_")):
             del os.environ[name]

@@ -1,4 +1,4 @@
-"""What must come out, and whether it did."""
+"""Bounds of the measures, and the comparison with the results."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ MARGIN = 1.25
 
 @dataclass(frozen=True)
 class Bound:
-    """What a subject of a measure must reach.
+    """A bound for one subject of a measure.
 
     Attributes:
         measure: The measure's name.
         subject: The subject.
         limit: The ratio to another subject, or the value itself where the measure has no baseline.
-        against: The other subject; None is the measure's baseline.
+        against: The other subject, or None for the measure's baseline.
         at_least: Whether more is better.
         short: Whether the short form judges it.
     """
@@ -66,12 +66,12 @@ class Result:
     Attributes:
         measure: The measure's name.
         subject: The subject.
-        against: The other subject; None where the values are no ratios.
-        ratio: The median; None where the subject could not be measured.
+        against: The other subject, or None if the values are absolute.
+        ratio: The median, or None if the subject could not be measured.
         quartiles: The first and the third.
         value: The median of the subject's own values.
         unit: Their unit.
-        limit: What the ratio must reach; None where nothing is asked.
+        limit: The bound of the ratio, or None.
         at_least: Whether more is better.
         verdict: "ok", "MISSED", "NOT MEASURED", or "" where nothing is asked.
         note: Why it could not be measured.

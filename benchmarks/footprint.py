@@ -1,4 +1,4 @@
-"""What the package costs besides calls: the time of its imports, and the memory of a large call."""
+"""Cost in addition to calls: the time of the imports, and the memory of a large call."""
 
 import resource
 import subprocess
@@ -60,7 +60,7 @@ def imports(server: Server, *, rounds: int = 11, peers: bool = True) -> Iterator
 
 
 def _problem(program: str) -> str:
-    """Run a program once, which also leaves its modules compiled; return the last line of its error."""
+    """Run a program once, which also compiles its modules, and return the last line of its error."""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
     return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 

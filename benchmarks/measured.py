@@ -1,4 +1,4 @@
-"""What a measure gives, and the rounds that it comes from: one turn of each subject, so that drift meets all alike."""
+"""Results of a measure, and its rounds: one turn of each subject, so that drift affects all alike."""
 
 import asyncio
 import gc
@@ -23,9 +23,9 @@ class Measured:
 
     Attributes:
         name: What bounds and the JSON call it.
-        title: What was measured, in a line.
+        title: The heading of the table.
         unit: The unit of the values.
-        baseline: The subject that the others are divided by; None where the values speak for themselves.
+        baseline: The subject that the others are divided by, or None for absolute values.
         rounds: A value a round, by subject.
         missing: Why a subject could not be measured, by subject.
     """
@@ -53,7 +53,7 @@ class Warm:
     loop: asyncio.Runner
 
     def repeat(self, subject: str, times: int) -> Sized:
-        """Call one after the other; return the last results."""
+        """Make some calls in a row and return the last results."""
         call = self.calls[subject]
         results: Sized = ()
         if not inspect.iscoroutinefunction(call):
@@ -70,7 +70,7 @@ class Warm:
         return self.loop.run(repeated())
 
     def together(self, subject: str, tasks: int, seconds: float = 0.0) -> int:
-        """Let that many tasks call an async subject at once, again until the time is over; return the calls."""
+        """Let some tasks call an async subject concurrently until the time is over, and return the number of calls."""
         call, ends_at = self.calls[subject], time.perf_counter() + seconds
 
         async def repeated() -> int:
@@ -89,7 +89,7 @@ class Warm:
 
 @contextmanager
 def warm(subjects: Mapping[str, Subject], job: Job) -> Iterator[Warm]:
-    """Open subjects and let each do its job once; one that cannot is missing, with the reason."""
+    """Open subjects and let each do its job once. A subject that fails is missing, with the reason."""
     with asyncio.Runner() as loop, warnings.catch_warnings(action="ignore"):
         opened, stack = Warm({}, {}, loop), AsyncExitStack()
         for name, subject in subjects.items():
@@ -105,7 +105,7 @@ def warm(subjects: Mapping[str, Subject], job: Job) -> Iterator[Warm]:
             if problem:
                 opened.calls.pop(name, None)
                 opened.missing[name] = problem
-        # What the imports have left behind is no part of a call.
+        # Objects of the imports do not belong to a call.
         gc.collect()
         gc.freeze()
         try:
@@ -122,7 +122,7 @@ def _enter(loop: asyncio.Runner, stack: AsyncExitStack, opening: Opening) -> Cal
 
 
 def in_rounds(subjects: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Return each subject's values, a turn a round; each round starts with another subject."""
+    """Return each subject's values, one turn per round. Each round starts with another subject."""
     values: dict[str, list[T]] = {name: [] for name in subjects}
     names = list(subjects)
     for turn in range(rounds):

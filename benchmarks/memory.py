@@ -1,7 +1,7 @@
-"""What one call holds at its peak over the documents' own memory: run by `footprint`, in a process of its own.
+"""Peak memory of one call, minus the documents' own memory: run by `footprint`, in a separate process.
 
 The resident memory counts, as the system sees it: it includes what Python's allocator does not know, such as buffers
-of extensions, and what it gives back late.
+of extensions, and memory that it releases late.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ def peak(url: str, mode: str, count: int, top_n: int) -> int:
 
     call(texts[:1_000])  # loads and opens what any call needs
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is reset
     before = _resident("VmRSS")
     call(texts)
     return _resident("VmHWM") - before

@@ -1,6 +1,6 @@
-"""The server that all subjects talk to, in a process of its own: it answers at once, or as slowly as it is told.
+"""The server that all subjects talk to, in a separate process: it answers at once, or as slowly as configured.
 
-It speaks the wire formats of several rerank services, by path, and costs so little that the client is what is measured.
+It speaks the wire formats of several rerank services, by path, and costs so little that the measure shows the client.
 Its scores depend on nothing but the number of documents, because a benchmark never looks at them.
 """
 
@@ -32,8 +32,8 @@ class Behaviour:
 
     Attributes:
         delay: Seconds that each request takes.
-        delay_a_document: Seconds that each of its documents takes besides.
-        slots: Requests that are worked on at once, the others wait; None for any number.
+        delay_a_document: Seconds that each of its documents takes in addition.
+        slots: Maximum number of requests in work, or None. Others wait.
         echo: Whether replies repeat the documents' texts.
     """
 
@@ -45,7 +45,7 @@ class Behaviour:
 
 @dataclass
 class _Service:
-    """What all connections share."""
+    """State that all connections share."""
 
     behaviour: Behaviour = field(default_factory=Behaviour)
     connections: int = 0
@@ -119,7 +119,7 @@ def _ranking(count: int, kept: int) -> list[tuple[int, float]]:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, kept open for as long as the client likes; one request at a time, as HTTP clients do."""
+    """One connection, kept open until the client closes it, with one request at a time."""
 
     def __init__(self, service: _Service) -> None:
         self._service = service
@@ -158,7 +158,7 @@ async def _serve() -> None:
 
 
 class Server:
-    """The server's process, as its parent sees it; a context manager.
+    """The server's process, a context manager for its parent.
 
     Attributes:
         url: Its base URL.

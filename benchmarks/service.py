@@ -26,7 +26,7 @@ _SUBJECTS = ASYNC_FLOORS | ASYNC_SERVICES | ASYNC_PEERS
 
 
 def service(server: Server, *, rounds: int = 5, peers: bool = True) -> Iterator[Measured]:
-    """Requests per second of a service in a process of its own; the rerank server takes 50 ms for each."""
+    """Requests per second of a service in a separate process. The rerank server takes 50 ms for each."""
     server.behave(Behaviour(delay=0.05))
     rounds_by_subject: dict[str, list[float]] = {}
     missing: dict[str, str] = {}

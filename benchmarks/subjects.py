@@ -1,6 +1,6 @@
-"""What is measured: each subject is a context manager that gives one warm client's call, sync or async.
+"""Subjects of the measures: each is a context manager that returns the call of one warm client, sync or async.
 
-A call returns its results, so that whoever measures it can see that it did the work. Peers are imported where they are
+A call returns its results, so that a measure can check that it did the work. Peers are imported where they are
 opened, so that one that is not installed costs its own line and no other.
 """
 
@@ -49,7 +49,7 @@ _JSON = {"Content-Type": "application/json"}
 
 @dataclass(frozen=True)
 class Job:
-    """What each call of a measure does.
+    """The job of each call of a measure.
 
     Attributes:
         url: The server.
@@ -178,7 +178,7 @@ def _regolo_llama_index(job: Job) -> BaseNodePostprocessor:
     return LlamaIndexRegoloRerank(api_key=_KEY, base_url=job.url, top_n=job.top_n)
 
 
-# Peers, pointed at the server by their own arguments; a batch holds all documents where its size is an option.
+# Peers get the address of the server through their own arguments, and a batch size for all documents if they have one.
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What it costs to wait for a server: many calls at once, many requests in a call, connections that idle."""
+"""Cost of waiting for a server: many concurrent calls, many requests in one call, idle connections."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ _SECONDS = 1.5
 
 
 def burst(server: Server, *, rounds: int = 9, peers: bool = True) -> Iterator[Measured]:
-    """64 async calls at once, on a warm client; the server takes 100 ms for each."""
+    """64 concurrent async calls on a warm client. The server takes 100 ms for each."""
     delay = 0.1
     server.behave(Behaviour(delay=delay))
     subjects = ASYNC_FLOORS | ASYNC_OURS | (ASYNC_PEERS if peers else {})
@@ -34,7 +34,7 @@ def burst(server: Server, *, rounds: int = 9, peers: bool = True) -> Iterator[Me
 
 
 def sustained(server: Server, *, rounds: int = 5, peers: bool = True) -> Iterator[Measured]:
-    """64 async calls in flight, one replaced by the next; the server takes 50 ms for each."""
+    """64 async calls at any time, each followed by another. The server takes 50 ms for each."""
     delay = 0.05
     server.behave(Behaviour(delay=delay))
     subjects = ASYNC_FLOORS | ASYNC_OURS | (ASYNC_PEERS if peers else {})
@@ -65,12 +65,12 @@ def batches(server: Server, *, rounds: int = 5, peers: bool = True) -> Iterator[
     ideal = ceil(count / size / slots) * (behaviour.delay + behaviour.delay_a_document * size)
     with warm(at_once(slots), Job(server.url, documents(count), 5)) as opened:
         turns = in_rounds({name: partial(_seconds, partial(opened.repeat, name, 1)) for name in opened.calls}, rounds)
-    title = "wall time of 10,000 documents, 8 requests at once; the server takes 20 ms + 1 ms a document, in 8 slots"
+    title = "wall time of 10,000 documents, 8 requests at once, the server takes 20 ms + 1 ms a document, in 8 slots"
     yield Measured("batches", title, "s", "the ideal", {"the ideal": [ideal] * rounds, **turns}, opened.missing)
 
 
 def idle(server: Server, *, rounds: int = 1, peers: bool = True, seconds: float = 10) -> Iterator[Measured]:
-    """A second call after some idle seconds; the server keeps its connections."""
+    """A second call after some idle seconds. The server keeps its connections."""
     server.behave(Behaviour())
     subjects = {name: (FLOORS | OURS)[name] for name in ("http.client", "httpx", "aiohttp", "RegoloClient")}
     subjects |= ASYNC_OURS | (PEERS if peers else {})
