@@ -45,6 +45,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
             files.append(File.generated(config, f"notebooks/{name}", content=content))
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Turn links to notebooks of the repository into links to their pages, which are one folder nearer."""
+    return re.sub(r"\]\(\.\./((?:\.\./)*notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
+
+
 class OptionsAsUsed(griffe.Extension):
     """Documents options as callers use them, without names of the library's inside."""
 
