@@ -312,7 +312,7 @@ def _build_request(
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
     if settings.key is not None:
-        headers["authorization"] = f"Bearer {settings.key.get_secret_value()}"
+        headers["Authorization"] = f"Bearer {settings.key.get_secret_value()}"
     return client.build_request("POST", settings.endpoint.url, content=body, headers=headers, **own)
 
 
