@@ -32,7 +32,7 @@ def parse_measures(given: str | Iterable[Any]) -> dict[str, Any]:
     measures = {}
     for name in given.split() if isinstance(given, str) else given:
         try:
-            measures[str(name)] = ir_measures.parse_measure(name)
+            measures[str(name)] = _parse(name)
             list(ir_measures.iter_calc([measures[str(name)]], {"0": {"0": 1}}, {"0": {"0": 1.0}}))
         except Exception as error:  # noqa: BLE001 - ir-measures raises NameError, AssertionError and others
             raise InvalidInputError(
@@ -41,6 +41,17 @@ def parse_measures(given: str | Iterable[Any]) -> dict[str, Any]:
     if not measures:
         raise InvalidInputError("measures: give at least one, such as nDCG@10")
     return measures
+
+
+def _parse(name: Any) -> Any:
+    """Return a measure for a name such as `AP` or `nDCG@10`; ir-measures' own parser fails on Python 3.14."""
+    if not isinstance(name, str) or "(" in name:
+        return ir_measures.parse_measure(name)
+    base, _, cutoff = name.partition("@")
+    found = getattr(ir_measures, base, None)
+    if not isinstance(found, ir_measures.Measure):
+        raise ValueError("unknown measure")  # noqa: TRY004 - the name is wrong, and not its type
+    return found @ int(cutoff) if cutoff else found
 
 
 def measure(measures: dict[str, Any], queries: Sequence[JudgedQuery], rankings: Sequence[Iterable[str]]) -> Numbers:

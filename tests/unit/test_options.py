@@ -390,7 +390,7 @@ def test_client_and_options_have_the_same_names_and_defaults() -> None:
     assert defaults == defaults_of(Options)
     assert [parameter.name for parameter in parameters] == list(Options.model_fields)
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[1:])
-    documented = re.findall(r"(?m)^        (\w+): ", RegoloClient.__doc__ or "")
+    documented = re.findall(r"(?m)^    (\w+): ", inspect.getdoc(RegoloClient) or "")
     assert [name for name in documented if name in Options.model_fields] == list(Options.model_fields)
 
 
