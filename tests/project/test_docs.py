@@ -101,6 +101,8 @@ def test_the_examples_of_a_page_print_what_it_shows(
     """Python and commands run from top to bottom, and everything that they print is on the page."""
     if path.endswith("ray.md"):
         pytest.skip("tests/external/ray runs it")
+    if "HTTPStatus" in RUN[path] and sys.version_info >= (3, 14):
+        pytest.skip("Python 3.14 has other texts for HTTP statuses")
     for name in OPTIONAL:
         if re.search(rf"^ *(from|import) {name}\b", RUN[path], re.MULTILINE):
             pytest.importorskip(name)
