@@ -193,3 +193,20 @@ def test_mocks_of_httpx_are_read(call: Call, library: Any, stub: Stub) -> None:
     response = rank(call, library, {"transport": transport}, base_url=stub.url)
     assert pairs(response) == [(0, 1.0)]
     assert not stub.received
+
+
+def test_an_adapter_over_the_callers_client(library: Any, stub: Stub) -> None:
+    """The LangChain adapter passes the clients on, sync and async."""
+    langchain = pytest.importorskip("regolo_rerank.langchain")
+    documents = pytest.importorskip("langchain_core.documents")
+
+    async def arank(reranker: Any) -> Any:
+        async with library.AsyncClient(headers={"x-mine": "async"}) as own:
+            reranker.async_http_client = own
+            return await reranker.acompress_documents([documents.Document("a")], "q")
+
+    with library.Client(headers={"x-mine": "sync"}) as own:
+        reranker = langchain.RegoloRerank(api_key=KEY, base_url=stub.url, http_client=own)
+        assert len(reranker.compress_documents([documents.Document("a")], "q")) == 1
+        assert len(asyncio.run(arank(reranker))) == 1
+    assert [request.headers["x-mine"] for request in stub.received] == ["sync", "async"]
