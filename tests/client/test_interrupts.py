@@ -156,6 +156,7 @@ def test_after_ctrl_c_nothing_more_is_sent() -> None:
     def scorer(_query: str, documents: list[str]) -> list[float]:
         called.extend(documents)
         if len(called) == 1:
+            time.sleep(0.3)  # let the caller come to the wait: just before it, Python can miss a signal
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         caught.wait(20)
         return [0.0]
