@@ -60,7 +60,7 @@ class Job:
     url: str
     documents: list[str]
     top_n: int
-    query: str = "Which of these documents says what a call costs?"
+    query: str = "Which of these documents gives the price of a call?"
 
     @property
     def body(self) -> dict[str, Any]:

@@ -89,11 +89,10 @@ _DEFAULTS = {
     "DEFAULT_MEASURES": "'nDCG@10 MRR Recall@1 Recall@5 Recall@10'",
 }
 _TYPES = {
-    "Unpack[CallOptions]": None,  # the docstring lists the options
-    "Unpack[RankOptions]": None,
+    "Unpack[RankOptions]": None,  # the docstring lists the options
     "Iterable[Mapping[str, Any] | Row]": "Iterable[Mapping[str, Any]]",
 }
-"""Names of the library's inside, and what a caller reads instead."""
+"""Internal types, each with the type that the reference shows instead."""
 
 
 def _parameters_of(cls: griffe.Class) -> griffe.DocstringSectionParameters:

@@ -297,7 +297,7 @@ def run_in_order(
 
 
 def _keep_scores(calls: Iterable[Call | RegoloError | None]) -> None:
-    """Keep the scores of calls that nobody will ask for: their requests are paid."""
+    """Keep the scores of calls whose rankings are not returned: their requests are paid."""
     for call in calls:
         if isinstance(call, Call):
             call.keep_scores()

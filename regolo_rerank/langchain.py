@@ -26,6 +26,7 @@ from regolo_rerank import _openinference
 from regolo_rerank._adapters import AdapterOptions, Outcome, report_ranking
 from regolo_rerank._inputs import check_documents
 from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
     from regolo_rerank._langchain_runnables import RerankRetriever, RerankStep
@@ -194,7 +195,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             total_timeout=total_timeout,
             extra_body=extra_body,
         )
-        return [RankedIndex(index=result.index, relevance_score=result.relevance_score) for result in response]
+        return _indices_of(response)
 
     async def arerank(
         self,
@@ -220,7 +221,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
             total_timeout=total_timeout,
             extra_body=extra_body,
         )
-        return [RankedIndex(index=result.index, relevance_score=result.relevance_score) for result in response]
+        return _indices_of(response)
 
     def as_runnable(self, *, query_key: str = "query", documents_key: str = "documents") -> "RerankStep":
         """Return this reranker as a step of an LCEL chain: `{"query": ..., "documents": ...}` to documents.
@@ -282,6 +283,10 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
     def _trace_inputs(self, documents: list[Document], query: str) -> dict[str, Any]:
         # A handler may modify its list during the call.
         return {"query": query, "documents": list(documents), "model": self.model, "top_n": self.top_n}
+
+
+def _indices_of(response: RerankResponse[Any]) -> list[RankedIndex]:
+    return [RankedIndex(index=result.index, relevance_score=result.relevance_score) for result in response]
 
 
 def _require_documents(documents: Sequence[Document]) -> list[Document]:
