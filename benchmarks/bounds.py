@@ -34,8 +34,8 @@ class Bound:
 
 
 BOUNDS = (
-    Bound("top5", "RegoloClient", 3.6, short=True),
-    Bound("top5", "LangChain RegoloRerank", 3.9, short=True),
+    Bound("top5", "RegoloClient", 3.1, short=True),
+    Bound("top5", "LangChain RegoloRerank", 3.4, short=True),
     Bound("top5", "LangChain RegoloRerank", 1.0, "LangChain CohereRerank"),
     Bound("top5", "LangChain RegoloRerank", 1.0, "LangChain NVIDIARerank"),
     Bound("top5", "LangChain RegoloRerank", 1.0, "LangChain VoyageAIRerank"),
