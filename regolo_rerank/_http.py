@@ -15,13 +15,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from urllib.request import getproxies
 
 from regolo_rerank._endpoint import Endpoint
+from regolo_rerank._forks import opening
 from regolo_rerank._protocol import REQUEST_ID_HEADERS, Reply
 from regolo_rerank._redaction import redact
-from regolo_rerank._threads import opening
 from regolo_rerank.errors import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloError
 from regolo_rerank.options import Settings
 
@@ -34,6 +35,8 @@ MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 REQUESTS_PER_CLIENT: Final = 2
 """Concurrent requests of one httpx client. With more its pool becomes slow (encode/httpcore#1035)."""
 KEEPALIVE_SECONDS: Final = 60.0
+CONNECT_SECONDS: Final = 5.0
+"""Maximum time to connect to one address of a host. A dead one should not take the time of a whole attempt."""
 _REQUEST_ID_PREFIX: Final = "regolo_rerank-"
 
 C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
@@ -182,7 +185,7 @@ class _Pool(Generic[C]):
     def take(self) -> _Member[C]:
         """Return the least busy client, or a new one if all are busy. One more request is now in flight there."""
         with opening:
-            member = min(self._members, key=lambda member: member.in_flight, default=None)
+            member = min(self._members, key=attrgetter("in_flight"), default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
                 member = _Member(self._create())
                 self._members.append(member)
@@ -308,7 +311,9 @@ def _build_request(
         **dict.fromkeys(REQUEST_ID_HEADERS, f"{_REQUEST_ID_PREFIX}{uuid.uuid4().hex}"),
         **(settings.options.default_headers or {}),
     }
-    own: dict[str, Any] = {} if settings.timeout is None else {"timeout": seconds}
+    own: dict[str, Any] = {}
+    if settings.timeout is not None and seconds is not None:
+        own["timeout"] = (min(seconds, CONNECT_SECONDS), seconds, seconds, seconds)  # connect, read, write, pool
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
     if settings.key is not None:
@@ -368,11 +373,11 @@ def _belongs_to_another_request(response: "httpx.Response") -> bool:
     """
     if "network_stream" not in response.extensions:
         return False
-    return any(
-        response.headers.get(name, "").startswith(_REQUEST_ID_PREFIX)
-        and response.request.headers.get(name, "") not in response.headers[name]
-        for name in REQUEST_ID_HEADERS
-    )
+    for name in REQUEST_ID_HEADERS:
+        sent, received = response.request.headers.get(name, ""), response.headers.get(name, "")
+        if received.startswith(_REQUEST_ID_PREFIX) and sent not in received:
+            return True
+    return False
 
 
 _HTTP_LIBRARIES: Final = {"aiohttp", "anyio", "h11", "h2", "httpcore", "httpcore2", "httpx", "httpx2", "ssl"}
@@ -384,8 +389,11 @@ def _translate(error: Exception, settings: Settings, seconds: float | None) -> R
     names = {base.__name__ for base in type(error).__mro__}
     host, words = settings.endpoint.host, redact(str(error), settings.key) or type(error).__name__
     if "TimeoutException" in names or isinstance(error, TimeoutError):
-        limit = "the timeout of the http client" if settings.timeout is None else f"{seconds:.3g} s"
-        return APITimeoutError(f"no complete reply from {host} within {limit}")
+        if settings.timeout is None or seconds is None:
+            return APITimeoutError(f"no complete reply from {host} within the timeout of the http client")
+        if "ConnectTimeout" in names:
+            return APITimeoutError(f"no connection to {host} within {min(seconds, CONNECT_SECONDS):.3g} s")
+        return APITimeoutError(f"no complete reply from {host} within {seconds:.3g} s")
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
         failure = APIConnectionError(f"no complete reply from {host}: {words}")
         if "CERTIFICATE_VERIFY_FAILED" in words:

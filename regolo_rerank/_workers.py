@@ -1,11 +1,11 @@
-"""The two drivers of calls: worker threads for sync calls, tasks for async ones.
+"""The drivers of calls: the caller's own thread or task, worker threads, and worker tasks.
 
-Both keep a queue of batches and at most `max_concurrency` workers, and each worker drives the retry loop of one batch
-after the other. They are written side by side and differ only in how they wait.
+A call with a single request sends it where the caller is. A call with several requests, and `rerank_many`, keep a queue
+of batches and at most `max_concurrency` workers, and each worker drives the retry loop of one batch after the other.
+Threads and tasks are written side by side and differ only in how they wait.
 
-Sync calls never send in the caller's thread. The caller waits for the workers and can stop waiting when `total_timeout`
-expires or at Ctrl-C, even if a worker is looking up a host name or reading a reply byte by byte. A worker that is
-left behind is a daemon thread, and ends with its request.
+The caller waits for workers until `total_timeout` expires or Ctrl-C is pressed, whatever the workers are doing. One
+that is left behind is a daemon thread, and ends with its request.
 
 An example, with three batches and `max_concurrency=2`: workers 1 and 2 take batches A and B. Worker 1 gets its reply,
 takes batch C, and C fails for good. The call ends with that error, and the caller raises it. Worker 2 is still in its
@@ -14,24 +14,83 @@ request for B. It no longer counts as busy, and when its reply comes, it finds t
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from regolo_rerank._call import Batch, Call
 from regolo_rerank._http import Connections
-from regolo_rerank._protocol import Reply
-from regolo_rerank._retries import Pause, Send, Sleep, attempts
-from regolo_rerank._threads import run_in_thread
+from regolo_rerank._retries import Pause, Sleep, attempts
 from regolo_rerank.errors import RegoloError
 
 __all__ = ["TasksInOrder", "run", "run_async", "run_in_order"]
 
 READ_AHEAD: Final = 4
 """Calls in progress per worker of `rerank_many`, so that a slow call leaves no worker idle."""
+
+
+def run(call: Call, connections: Connections, pause: Pause) -> None:
+    """Send the batches of one call, and wait until it is done."""
+    # A local scorer, and a caller's own HTTP client, may have no time limit. They run in a thread, which the caller can
+    # stop waiting for.
+    if len(call.batches) == 1 and call.settings.timeout is not None:
+        _drive(call, call.batches[0], connections, pause, time.sleep)
+        return
+    threads = _Threads(call.settings.options.max_concurrency, connections, pause)
+    try:
+        threads.submit(call)
+        threads.wait(call)
+    except BaseException as interrupt:
+        threads.end(call, interrupt)  # Ctrl-C: the workers send nothing more
+        raise
+
+
+async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
+    """Send the batches of one call, and wait until it is done."""
+    if len(call.batches) == 1:
+        await _drive_async(call, call.batches[0], connections, pause, asyncio.sleep)
+        return
+    tasks = _Tasks(call.settings.options.max_concurrency, connections, pause)
+    try:
+        tasks.submit(call)
+        await tasks.wait(call)
+    finally:
+        await tasks.stop()
+
+
+def _drive(call: Call, batch: Batch, connections: Connections, pause: Pause, sleep: Callable[[float], object]) -> None:
+    """Do what the retry loop of a batch asks for."""
+    steps = attempts(call, batch, pause)
+    outcome = None
+    with suppress(StopIteration):
+        while True:
+            step = steps.send(outcome)
+            if isinstance(step, Sleep):
+                outcome = None
+                sleep(step.seconds)
+            else:
+                outcome = connections.post(call.settings, step.body, step.seconds)
+
+
+async def _drive_async(
+    call: Call, batch: Batch, connections: Connections, pause: Pause, sleep: Callable[[float], Awaitable[object]]
+) -> None:
+    """Do what the retry loop of a batch asks for."""
+    steps = attempts(call, batch, pause)
+    outcome = None
+    with suppress(StopIteration):
+        while True:
+            step = steps.send(outcome)
+            if isinstance(step, Sleep):
+                outcome = None
+                await sleep(step.seconds)
+            else:
+                outcome = await connections.apost(call.settings, step.body, step.seconds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,14 +185,11 @@ class _Threads:
 
     def _start_worker(self, job: _Job) -> None:
         context = copy_context()
-
-        def work() -> None:
-            context.run(self._work, job)
-
+        thread = threading.Thread(target=context.run, args=(self._work, job), name="regolo_rerank", daemon=True)
         try:
-            run_in_thread(work)
+            thread.start()
         except RuntimeError:  # the system allows no further thread, so the caller's does the work
-            work()
+            context.run(self._work, job)
 
     def _take(self) -> _Job | None:
         with self._changed:
@@ -141,27 +197,15 @@ class _Threads:
 
     def _work(self, job: _Job | None) -> None:
         while job is not None:
+            sleep = partial(self._wait_until_finished, job.call)
             try:
-                self._drive(job)
+                _drive(job.call, job.batch, self._connections, self._pause, sleep)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 self.end(job.call, error)
             with self._changed:
                 self._queue.finish(job)
                 self._changed.notify_all()
                 job = self._queue.take()
-
-    def _drive(self, job: _Job) -> None:
-        steps = attempts(job.call, job.batch, self._pause)
-        with suppress(StopIteration):
-            step = next(steps)
-            while True:
-                step = steps.send(self._perform(step, job.call))
-
-    def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
-        if isinstance(step, Sleep):
-            self._wait_until_finished(call, step.seconds)
-            return None
-        return self._connections.post(call.settings, step.body, step.seconds)
 
 
 class _Tasks:
@@ -194,10 +238,6 @@ class _Tasks:
                     self._changed.clear()
                     await self._changed.wait()
 
-    async def work_here(self, call: Call) -> None:
-        """Send the only batch of a call in the caller's task, so that no further task is needed."""
-        await self._work(_Job(call, call.batches[0]))
-
     def _start_workers(self) -> None:
         while (job := self._queue.take()) is not None:
             worker = asyncio.create_task(self._work(job))
@@ -206,8 +246,9 @@ class _Tasks:
 
     async def _work(self, job: _Job | None) -> None:
         while job is not None:
+            sleep = partial(self._wait_until_finished, job.call)
             try:
-                await self._drive(job)
+                await _drive_async(job.call, job.batch, self._connections, self._pause, sleep)
             except BaseException as error:  # raised again in the caller's task
                 job.call.fail(error)
                 if not isinstance(error, Exception):  # this task was cancelled
@@ -218,49 +259,12 @@ class _Tasks:
                 self._changed.set()
             job = self._queue.take()
 
-    async def _drive(self, job: _Job) -> None:
-        steps = attempts(job.call, job.batch, self._pause)
-        with suppress(StopIteration):
-            step = next(steps)
-            while True:
-                step = steps.send(await self._perform(step, job.call))
-
-    async def _perform(self, step: Send | Sleep, call: Call) -> Reply | RegoloError | None:
-        if isinstance(step, Sleep):
-            await self._wait_until_finished(call, step.seconds)
-            return None
-        return await self._connections.apost(call.settings, step.body, step.seconds)
-
     async def stop(self) -> None:
         """Cancel all workers, and wait until they have ended."""
         workers = list(self._workers)
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-
-
-def run(call: Call, connections: Connections, pause: Pause) -> None:
-    """Send the batches of one call, and wait until it is done."""
-    threads = _Threads(call.settings.options.max_concurrency, connections, pause)
-    try:
-        threads.submit(call)
-        threads.wait(call)
-    except BaseException as interrupt:
-        threads.end(call, interrupt)  # Ctrl-C: the workers send nothing more
-        raise
-
-
-async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
-    """Send the batches of one call, and wait until it is done."""
-    tasks = _Tasks(call.settings.options.max_concurrency, connections, pause)
-    if len(call.batches) == 1:
-        await tasks.work_here(call)
-        return
-    tasks.submit(call)
-    try:
-        await tasks.wait(call)
-    finally:
-        await tasks.stop()
 
 
 def run_in_order(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import httpx
 from pydantic_core import from_json, to_json
 
-from regolo_rerank._threads import loading
+from regolo_rerank._forks import loading
 from regolo_rerank._version import install_hint
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.options import Scorer

@@ -189,11 +189,12 @@ class Options(BaseModel):
     `Qwen3-Reranker*`. A blank document never passes."""
 
     timeout: Seconds = 60.0
-    """Seconds per attempt, from connecting to the last byte of the reply. In sync calls it limits each network
-    operation, and the time until the body is complete."""
+    """Seconds per attempt, from connecting to the last byte of the reply. Connecting to one address of the host may
+    take at most 5 of them. In sync calls it limits each network operation, and the time until the body is complete."""
 
     total_timeout: Seconds | None = 90.0
-    """Seconds for a whole call: all requests, retries and waits. None means no limit."""
+    """Seconds for a whole call: all requests, retries and waits. None means no limit. In a sync call with a single
+    request, it limits each network operation: the lookup of the host name and slow headers may take longer."""
 
     max_retries: Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=0)] = 3
     """Further attempts per request, at least 0. Refusals because of too many parallel requests do not count within

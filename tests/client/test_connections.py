@@ -15,12 +15,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from regolo_rerank import APIConnectionError, RegoloClient
+from regolo_rerank import APIConnectionError, APITimeoutError, RegoloClient
 from tests.conftest import KEY
 from tests.support.faults import Fault, FaultServer, good, stalls
 from tests.support.modes import Call
 from tests.support.observed import asoon, slowly, sockets, soon, threads
-from tests.support.stub import Reply, Stub, pairs, scored, texts, together
+from tests.support.stub import Received, Reply, Stub, pairs, scored, texts, together
 
 DOCUMENTS = ["a score=0.1", "b score=0.9"]
 EXPECTED = [(1, 0.9), (0, 0.1)]
@@ -294,16 +294,34 @@ def test_no_cookie_is_kept(call: Call, stub: Stub) -> None:
     assert [request.headers.get("cookie") for request in stub.received] == [None, None]
 
 
-def test_worker_threads_are_reused_and_end(client: RegoloClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls in a row use one thread, which ends when it was idle for some seconds; then calls get a new one."""
-    monkeypatch.setattr("regolo_rerank._threads.IDLE_SECONDS", 0.05)
-    soon(lambda: not threads(), within=7)  # idle threads end after 5 s
+@pytest.mark.parametrize(("batch_size", "workers"), [(100, 0), (1, 2)])
+def test_worker_threads(client: RegoloClient, stub: Stub, batch_size: int, workers: int) -> None:
+    """A single request is sent in the caller's thread, several in daemon threads, which end with their call."""
     stuck = set(threads())  # in requests of other tests
-    monkeypatch.setattr("regolo_rerank._threads.IDLE_SECONDS", 2.0)
-    client.rerank("q", DOCUMENTS)
-    (first,) = set(threads()) - stuck
-    assert first.daemon
-    client.rerank("q", DOCUMENTS)
-    assert set(threads()) - stuck == {first}
+    seen: set[threading.Thread] = set()
+    both = threading.Barrier(max(1, workers), timeout=10)
+
+    def reply(request: Received) -> Reply:
+        both.wait()
+        seen.update(threads())
+        return scored(request)
+
+    stub.reply = reply
+    assert pairs(client.with_options(batch_size=batch_size).rerank("q", DOCUMENTS)) == EXPECTED
+    assert len(seen - stuck) == workers
+    assert all(thread.daemon for thread in seen)
     assert soon(lambda: not set(threads()) - stuck)
-    assert pairs(client.rerank("q", DOCUMENTS)) == EXPECTED
+
+
+def test_a_host_that_accepts_no_connection(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting takes only a part of the time of an attempt, and the error tells so."""
+    monkeypatch.setattr("regolo_rerank._http.CONNECT_SECONDS", 0.2)
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for waiting in (first, second):  # with these, the queue of the listener is full
+            waiting.settimeout(0)
+            waiting.connect_ex(listener.getsockname())
+        client = RegoloClient(KEY, base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", max_retries=0)
+        with client, pytest.raises(APITimeoutError, match=r"no connection to 127\.0\.0\.1:\d+ within 0\.2 s"):
+            call(client.rerank, "q", ["a"], total_timeout=20.0)

@@ -240,13 +240,15 @@ def test_every_request_runs_in_the_callers_context(call: Call, count: int) -> No
 
 def test_without_threads_the_callers_own_does_the_work(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the system allows no further thread."""
+    start = threading.Thread.start
 
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "regolo_rerank":
+            raise RuntimeError("can't start new thread")
+        start(thread)  # of the server
 
     with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
-        monkeypatch.setattr("regolo_rerank._threads._idle", [])
-        monkeypatch.setattr("regolo_rerank._threads._Worker.start", refuse)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
         assert [result.index for result in client.rerank("q", texts(5))] == [4, 3, 2, 1, 0]
         assert [pairs(response) for response in client.rerank_many([("q", texts(1))] * 3)] == [[(0, 0.0)]] * 3
 

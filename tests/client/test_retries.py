@@ -156,12 +156,8 @@ def test_a_failed_call_sends_nothing_more(call: Call, stub: Stub, caplog: pytest
     )
 
 
-def test_a_worker_that_sleeps_ends_with_its_call(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_worker_that_sleeps_ends_with_its_call(stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
     """A thread that waits 30 s for its next attempt does not outlive a call that has failed elsewhere."""
-    monkeypatch.setattr("regolo_rerank._threads.IDLE_SECONDS", 0.05)
-    soon(lambda: not threads(), within=7)  # idle threads end after 5 s
     stuck = set(threads())  # in requests of other tests
 
     def reply(request: Received) -> Reply:
