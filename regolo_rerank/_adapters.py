@@ -79,10 +79,11 @@ class AdapterOptions(Options):
 
     def _metadata(self, earlier: dict[str, Any], result: RerankResult[Any] | None) -> dict[str, Any]:
         """Return metadata with the score and passage of a result, and without those of an earlier reranker."""
-        key = self.score_metadata_key
+        metadata, key = dict(earlier), self.score_metadata_key
         if key is None:
-            return dict(earlier)
-        metadata = {name: value for name, value in earlier.items() if name not in {key, "relevant_passage"}}
+            return metadata
+        metadata.pop(key, None)
+        metadata.pop("relevant_passage", None)
         if result is not None:
             metadata[key] = result.relevance_score
             if result.passage is not None:

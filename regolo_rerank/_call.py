@@ -7,7 +7,7 @@ not depend on the other documents of its request, so the replies merge into exac
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from operator import attrgetter
@@ -82,21 +82,22 @@ class Call:
         # The distinct texts, and for each document the position of its text among them. A blank document has none, and
         # a split document has passages instead, each with its position and its span `(start, end)` in the document.
         positions: dict[str, int] = {}
-        self._position_of: list[int | None] = []
         self._passages: dict[int, list[tuple[int, tuple[int, int]]]] = {}
         limit = settings.options.max_document_chars
-        for index, text in enumerate(texts):
-            scored = text
-            if limit is not None and len(text) > limit:
-                if settings.options.long_documents == "split":
+        if limit is not None and settings.options.long_documents == "split":
+            for index, text in enumerate(texts):
+                if len(text) > limit:
                     self._passages[index] = [
                         (positions.setdefault(text[start:end], len(positions)), (start, end))
                         for start, end in split_passages(text, limit)
                         if not text[start:end].isspace()
                     ]
-                scored = "" if index in self._passages else text[:limit]
-            is_blank = not scored or scored.isspace()
-            self._position_of.append(None if is_blank else positions.setdefault(scored, len(positions)))
+            texts = ["" if index in self._passages else text for index, text in enumerate(texts)]
+        elif limit is not None:
+            texts = [text[:limit] for text in texts]
+        self._position_of = [
+            positions.setdefault(text, len(positions)) if text and not text.isspace() else None for text in texts
+        ]
         self._texts = list(positions)
         self._scores: dict[int, float] = {}
         self._rankings: dict[Batch, Ranking] = {}
@@ -105,10 +106,10 @@ class Call:
         if cache is not None:
             self._scores = {positions[text]: score for text, score in cache.read(self._texts).items()}
         to_send = [position for position in range(len(self._texts)) if position not in self._scores]
-        self.batches = [Batch(positions) for positions in self._make_batches(to_send)] if to_send else []
+        self.batches = self._make_batches(to_send) if to_send else []
 
-    def _make_batches(self, to_send: list[int]) -> Iterator[Sequence[int]]:
-        """Yield even batches within the limits of documents and bytes per request."""
+    def _make_batches(self, to_send: list[int]) -> list[Batch]:
+        """Return even batches within the limits of documents and bytes per request."""
         options = self.settings.options
         budget = options.max_request_bytes - len(self._body([], options.batch_size))
         if budget <= 0:
@@ -122,8 +123,8 @@ class Call:
             sizes = [0] * len(to_send)  # so far below the limit that nothing has to be measured
         else:
             sizes = [len(encode(document)) + len(",") for document in self._document_strings(to_send)]
-        for part in _split_by_size(sizes, options.batch_size, budget):
-            yield to_send[part.start : part.stop]
+        parts = _split_by_size(sizes, options.batch_size, budget)
+        return [Batch(to_send[part.start : part.stop]) for part in parts]
 
     def request_body(self, batch: Batch) -> bytes:
         """Return the JSON of a batch's request, and count the request."""
@@ -182,24 +183,35 @@ class Call:
             raise APIResponseError(
                 f"invalid reply: {problem}", request_id=request_id_of(reply), body=reply.text[:2_000]
             )
-        self._scores.update((batch.texts[score.position], score.value) for score in ranking.scores)
+        for score in ranking.scores:
+            self._scores[batch.texts[score.position]] = score.value
         self._rankings[batch] = replace(ranking, scores=[])  # which are in `_scores` now
 
     def _find_problem(self, batch: Batch, ranking: Ranking) -> str | None:
         """Return what is wrong with a ranking: every document that was asked for must be in it, once and as itself."""
         count, wanted = len(batch.texts), self._wanted(batch)
-        indices = [score.position for score in ranking.scores]
-        if unknown := next((index for index in indices if not 0 <= index < count), None):
-            return f"it contains index {unknown}, and the request has {count} documents"
-        if len(set(indices)) < len(indices):
-            return f"it contains index {next(index for index in indices if indices.count(index) > 1)} more than once"
-        if len(indices) < wanted:
-            return f"it ranks {len(indices)} documents instead of {wanted}"
-        echoes = {score.position: score.echo for score in ranking.scores if score.echo is not None}
+        found: set[int] = set()
+        echoes: dict[int, str] = {}
+        for position, _, echo in ranking.scores:
+            if not 0 <= position < count:
+                return f"it contains index {position}, and the request has {count} documents"
+            if position in found:
+                return f"it contains index {position} more than once"
+            found.add(position)
+            if echo is not None:
+                echoes[position] = echo
+        if len(found) < wanted:
+            return f"it ranks {len(found)} documents instead of {wanted}"
+        return self._find_swapped(batch, echoes) if echoes else None
+
+    def _find_swapped(self, batch: Batch, echoes: dict[int, str]) -> str | None:
+        """Return what is wrong if the text of a result is that of another document.
+
+        A text may differ from the sent one in another way, for example without the tags.
+        """
         sent = self._document_strings([batch.texts[position] for position in echoes])
-        strange = [position for (position, echo), text in zip(echoes.items(), sent, strict=True) if echo != text]
+        strange = [position for position, text in zip(echoes, sent, strict=True) if echoes[position] != text]
         if strange:
-            # An echo may differ from the sent text, for example without the tags. It must not be another document.
             stripped = [text.strip() for text in self._document_strings(batch.texts)]
             position_of = {text: position for position, text in enumerate(stripped)}
             for position in strange:
@@ -291,13 +303,13 @@ class Call:
         options = self.settings.options
         ranked, blank = [], []
         for index, position in enumerate(self._position_of):
-            if passages := self._passages.get(index):
+            if position in self._scores:  # with `top_n`, a server returns the best scores only
+                ranked.append(RerankResult(index, self._scores[position], self._documents[index]))
+            elif passages := self._passages.get(index):
                 best, span = max(passages, key=lambda passage: self._scores[passage[0]])
                 ranked.append(RerankResult(index, self._scores[best], self._documents[index], span))
             elif position is None:
                 blank.append(index)
-            elif position in self._scores:  # with `top_n`, a server returns the best scores only
-                ranked.append(RerankResult(index, self._scores[position], self._documents[index]))
         self._warn_about_equal_scores()
         ranked.sort(key=attrgetter("relevance_score"), reverse=True)
         if options.score_threshold is not None:
@@ -325,6 +337,8 @@ def _split_by_size(sizes: list[int], max_count: int, max_bytes: int) -> list[ran
         max_bytes: Maximum bytes of a range. A single larger text gets its own range.
     """
     ends = [0, *accumulate(sizes)]
+    if len(sizes) <= max_count and ends[-1] <= max_bytes:
+        return [range(len(sizes))]
     full, start = [], 0
     for stop in range(1, len(sizes) + 1):
         # Close a range before the first text that does not fit.

@@ -138,38 +138,40 @@ def read_reply(reply: Reply, *, url: str, model: str) -> Ranking:
             raise _invalid(f"a web page answered at {url}, so check base_url", reply) from None
         # A broken connection may have cut the reply off, so another attempt can succeed.
         raise _invalid(f"not JSON: {reply.text[:80]!r}", reply, retryable=True) from None
-    results = body.get("results") if isinstance(body, dict) else body  # SGLang returns the bare list
+    if isinstance(body, list):  # SGLang returns the bare list
+        body = {"results": body}
     if isinstance(body, dict) and body.get("error") is not None:
         raise _read_error_in_success(body, reply)
-    if not isinstance(results, list):
+    if not isinstance(body, dict) or not isinstance(body.get("results"), list):
         raise _invalid(f"must contain a list of results, got {_describe_shape(body)}", reply)
-    about = body if isinstance(body, dict) else {}
-    _check_model(about, reply, model)
     return Ranking(
-        scores=[_read_score(position, result, reply) for position, result in enumerate(results)],
-        id=None if about.get("id") is None else str(about["id"]),
-        model=_model_of(about, reply),
-        meta=about.get("meta"),
+        scores=_read_scores(body["results"], reply),
+        id=None if body.get("id") is None else str(body["id"]),
+        model=_read_model(body, reply, model),
+        meta=body.get("meta"),
         request_id=request_id_of(reply),
-        total_tokens=_count_tokens(about),
+        total_tokens=_count_tokens(body),
         cost=_read_number(reply.headers.get("x-litellm-response-cost")) or None,  # the gateway writes 0 for "unknown"
     )
 
 
-def _read_score(position: int, result: Any, reply: Reply) -> Score:
-    if not isinstance(result, dict):
-        raise _invalid(f"results[{position}] must be an object, got {_describe_shape(result)}", reply)
-    index = result.get("index")
-    value = result.get("relevance_score", result.get("score"))
-    if not isinstance(index, int) or isinstance(index, bool):
-        raise _invalid(f"results[{position}].index must be an integer, got {_describe_shape(index)}", reply)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST <= value <= _LARGEST:
-        raise _invalid(
-            f"results[{position}].relevance_score must be a finite number, got {_describe_shape(value)}", reply
-        )
-    document = result.get("document")
-    echo = document.get("text") if isinstance(document, dict) else document
-    return Score(index, float(value), echo if isinstance(echo, str) else None)
+def _read_scores(results: list[Any], reply: Reply) -> list[Score]:
+    scores = []
+    for position, result in enumerate(results):
+        if not isinstance(result, dict):
+            raise _invalid(f"results[{position}] must be an object, got {_describe_shape(result)}", reply)
+        index = result.get("index")
+        value = result.get("relevance_score", result.get("score"))
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise _invalid(f"results[{position}].index must be an integer, got {_describe_shape(index)}", reply)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST <= value <= _LARGEST:
+            raise _invalid(
+                f"results[{position}].relevance_score must be a finite number, got {_describe_shape(value)}", reply
+            )
+        document = result.get("document")
+        echo = document.get("text") if isinstance(document, dict) else document
+        scores.append(Score(index, float(value), echo if isinstance(echo, str) else None))
+    return scores
 
 
 def _describe_shape(value: Any) -> str:
@@ -181,21 +183,18 @@ def _describe_shape(value: Any) -> str:
     return json.dumps(value)[:60]
 
 
-def _check_model(body: dict[str, Any], reply: Reply, requested: str) -> None:
-    """Reject a reply from a substitute model: its scores are on another scale.
+def _read_model(body: dict[str, Any], reply: Reply, requested: str) -> str | None:
+    """Return the model that has answered. Reject a substitute, whose scores are on another scale.
 
     LiteLLM reports a fallback by `x-litellm-attempted-fallbacks`, and the substitute by `x-litellm-model-group`. The
     group alone proves nothing, because an alias keeps the requested name.
     """
-    if _read_number(reply.headers.get("x-litellm-attempted-fallbacks")):
-        substitute = _model_of(body, reply)
-        name = "another model" if substitute is None else repr(substitute)
-        raise _invalid(f"{requested!r} was requested, and {name} answered as its substitute", reply)
-
-
-def _model_of(body: dict[str, Any], reply: Reply) -> str | None:
     named = reply.headers.get("x-litellm-model-group") or body.get("model")
-    return named if isinstance(named, str) and named else None
+    model = named if isinstance(named, str) and named else None
+    if _read_number(reply.headers.get("x-litellm-attempted-fallbacks")):
+        name = "another model" if model is None else repr(model)
+        raise _invalid(f"{requested!r} was requested, and {name} answered as its substitute", reply)
+    return model
 
 
 def _count_tokens(body: dict[str, Any]) -> int | None:

@@ -264,7 +264,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         """Return copies of the ranked documents with their scores, or after a fallback the first ones without."""
         if outcome.response is None:
             return [_copy(document, self._metadata(document.metadata, None)) for document in documents[: self.top_n]]
-        return [_copy(result.document, self._metadata(result.document.metadata, result)) for result in outcome.response]
+        results = outcome.response.results
+        return [_copy(result.document, self._metadata(result.document.metadata, result)) for result in results]
 
     def _text_of(self, document: Document) -> str:
         if not self.metadata_fields:
@@ -334,7 +335,7 @@ def _trace_outputs(
     run: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun, kept: list[Document], outcome: Outcome
 ) -> dict[str, Any]:
     """Return the outputs of a run for its trace."""
-    scores = None if outcome.response is None else [result.relevance_score for result in outcome.response]
+    scores = None if outcome.response is None else [result.relevance_score for result in outcome.response.results]
     outputs = {"documents": list(kept), "scores": scores, **outcome.report}
     _openinference.show_outputs(run, **outputs)
     _openinference.show_tokens(run, outcome.report)
