@@ -21,7 +21,7 @@ from regolo_rerank.errors import (
 from regolo_rerank.options import Count, Options
 from regolo_rerank.results import RerankResponse, RerankResult
 
-__all__ = ["AdapterOptions", "Outcome", "report_failure", "report_ranking"]
+__all__ = ["AdapterOptions", "Outcome", "report_failure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,24 @@ class AdapterOptions(Options):
     def _client_for_call(self) -> RegoloClient:
         """Return a client with the adapter's current options, on the connections of its client."""
         return self._client.with_options(self)
+
+    def _rerank(self, query: str, documents: list[Any]) -> Outcome:
+        try:
+            response = self._client_for_call().rerank(query, documents, text=self._text_of)
+        except RegoloError as error:
+            return self._fall_back(error, len(documents))
+        return Outcome(response, _report_ranking(response))
+
+    async def _arerank(self, query: str, documents: list[Any]) -> Outcome:
+        try:
+            response = await self._client_for_call().arerank(query, documents, text=self._text_of)
+        except RegoloError as error:
+            return self._fall_back(error, len(documents))
+        return Outcome(response, _report_ranking(response))
+
+    def _text_of(self, document: Any) -> str:
+        """Return the text that is scored."""
+        raise NotImplementedError
 
     def _metadata(self, earlier: dict[str, Any], result: RerankResult[Any] | None) -> dict[str, Any]:
         """Return metadata with the score and passage of a result, and without those of an earlier reranker."""
@@ -142,7 +160,7 @@ def _is_covered(error: RegoloError) -> bool:
     return isinstance(error, _COVERED) or is_budget_spent
 
 
-def report_ranking(response: RerankResponse[Any]) -> dict[str, Any]:
+def _report_ranking(response: RerankResponse[Any]) -> dict[str, Any]:
     """Return what traces and events contain about a ranking."""
     usage = response.usage
     return {

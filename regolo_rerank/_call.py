@@ -8,13 +8,13 @@ not depend on the other documents of its request, so the replies merge into exac
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from regolo_rerank._passages import split_passages
-from regolo_rerank._protocol import Ranking, Reply, encode, read_reply, replace_surrogates, request_id_of
+from regolo_rerank._protocol import Ranking, Reply, encode, invalid_reply, read_reply, replace_surrogates
 from regolo_rerank.cache import QueryCache
 from regolo_rerank.errors import (
     APIResponseError,
@@ -37,11 +37,8 @@ _EQUAL_SCORES: Final = 10
 """At least this many distinct documents with the same score mean a wrongly configured server."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """The texts of one request, as positions in the distinct texts of its call."""
-
-    texts: Sequence[int]
+Batch = tuple[int, ...]
+"""The texts of one request, as positions in the distinct texts of its call."""
 
 
 class Call:
@@ -124,12 +121,12 @@ class Call:
         else:
             sizes = [len(encode(document)) + len(",") for document in self._document_strings(to_send)]
         parts = _split_by_size(sizes, options.batch_size, budget)
-        return [Batch(to_send[part.start : part.stop]) for part in parts]
+        return [tuple(to_send[part.start : part.stop]) for part in parts]
 
     def request_body(self, batch: Batch) -> bytes:
         """Return the JSON of a batch's request, and count the request."""
         self._requests += 1
-        return self._body(self._document_strings(batch.texts), self._wanted(batch))
+        return self._body(self._document_strings(batch), self._wanted(batch))
 
     def _document_strings(self, positions: Sequence[int]) -> list[str]:
         return self.settings.prompt_format.format_documents([self._texts[position] for position in positions])
@@ -147,8 +144,8 @@ class Call:
         """Return the `top_n` of a batch: all scores if a cache keeps them, or if documents are made of passages."""
         top_n = self.settings.options.top_n
         if top_n is None or self._cache is not None or self._passages:
-            return len(batch.texts)
-        return min(top_n, len(batch.texts))
+            return len(batch)
+        return min(top_n, len(batch))
 
     def start(self) -> None:
         """Start the clock of `total_timeout`, unless it is running."""
@@ -180,16 +177,14 @@ class Call:
             error.args = (f"{error}{self._advise(error, batch)}",)
             raise
         if problem := self._find_problem(batch, ranking):
-            raise APIResponseError(
-                f"invalid reply: {problem}", request_id=request_id_of(reply), body=reply.text[:2_000]
-            )
+            raise invalid_reply(problem, reply)
         for score in ranking.scores:
-            self._scores[batch.texts[score.position]] = score.value
+            self._scores[batch[score.position]] = score.value
         self._rankings[batch] = replace(ranking, scores=[])  # which are in `_scores` now
 
     def _find_problem(self, batch: Batch, ranking: Ranking) -> str | None:
         """Return what is wrong with a ranking: every document that was asked for must be in it, once and as itself."""
-        count, wanted = len(batch.texts), self._wanted(batch)
+        count, wanted = len(batch), self._wanted(batch)
         found: set[int] = set()
         echoes: dict[int, str] = {}
         for position, _, echo in ranking.scores:
@@ -209,10 +204,10 @@ class Call:
 
         A text may differ from the sent one in another way, for example without the tags.
         """
-        sent = self._document_strings([batch.texts[position] for position in echoes])
+        sent = self._document_strings([batch[position] for position in echoes])
         strange = [position for position, text in zip(echoes, sent, strict=True) if echoes[position] != text]
         if strange:
-            stripped = [text.strip() for text in self._document_strings(batch.texts)]
+            stripped = [text.strip() for text in self._document_strings(batch)]
             position_of = {text: position for position, text in enumerate(stripped)}
             for position in strange:
                 other = position_of.get(echoes[position].strip(), position)
@@ -231,7 +226,7 @@ class Call:
     def _describe_longest(self, batch: Batch) -> str:
         """Return the longest text of a request, and the option that helps."""
         options = self.settings.options
-        position = max(batch.texts, key=lambda position: len(self._texts[position]))
+        position = max(batch, key=lambda position: len(self._texts[position]))
         length = len(self._texts[position])
         if self.settings.prompt_format.uses_instruction and len(options.instruction) > max(length, len(self._query)):
             return f"The longest text is the instruction with {len(options.instruction)} characters: shorten it"
@@ -250,10 +245,22 @@ class Call:
             index for index, passages in self._passages.items() if position in {passage[0] for passage in passages}
         )
 
+    @classmethod
+    def rejected(cls, settings: Settings, error: RegoloError) -> Self:
+        """Return a call without requests that has failed."""
+        call = cls(settings, "", [], [])
+        call._failure = error
+        return call
+
     def fail(self, error: BaseException) -> None:
         """End the call with its first final error."""
         if not self.is_finished:
             self._failure = error
+
+    def check_time(self) -> None:
+        """Raise APITimeoutError if `total_timeout` has expired."""
+        if self.seconds_left() == 0.0:
+            raise self.timeout_error()
 
     def timeout_error(self) -> APITimeoutError:
         """Return the error for a call that `total_timeout` has ended."""
@@ -264,11 +271,7 @@ class Call:
         """Keep the new scores in the cache, also those of a call that has failed."""
         if self._cache is not None:
             self._cache.write(
-                {
-                    self._texts[position]: self._scores[position]
-                    for batch in list(self._rankings)
-                    for position in batch.texts
-                }
+                {self._texts[position]: self._scores[position] for batch in list(self._rankings) for position in batch}
             )
 
     def response(self) -> RerankResponse[Any]:

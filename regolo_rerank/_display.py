@@ -6,9 +6,10 @@ Documents are other people's text, so control characters are escaped, and each d
 import unicodedata
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from regolo_rerank.results import RerankResult
+if TYPE_CHECKING:
+    from regolo_rerank.results import RerankResult
 
 __all__ = ["html", "printable", "shorten", "text"]
 
@@ -20,7 +21,7 @@ BAR_COLUMNS: Final = 10
 _ROW: Final = '<tr style="text-align:left">'
 
 
-def text(results: Sequence[RerankResult[Any]], *, ranked: bool = True) -> str:
+def text(results: "Sequence[RerankResult[Any]]", *, ranked: bool = True) -> str:
     """Return results as aligned lines of at most 78 columns, the first 100 of them.
 
     Args:
@@ -44,7 +45,7 @@ def text(results: Sequence[RerankResult[Any]], *, ranked: bool = True) -> str:
     return "\n".join([*lines, *_more(results)])
 
 
-def html(results: Sequence[RerankResult[Any]], *, ranked: bool = True) -> str:
+def html(results: "Sequence[RerankResult[Any]]", *, ranked: bool = True) -> str:
     """Return results as an HTML table, the first 100 of them. Its colours are those of the page.
 
     Args:
@@ -105,7 +106,7 @@ def _more(results: Sequence[object]) -> Iterator[str]:
         yield f"and {len(results) - MAX_ROWS:,} more"
 
 
-def _shares(results: Sequence[RerankResult[Any]]) -> list[float]:
+def _shares(results: "Sequence[RerankResult[Any]]") -> list[float]:
     """Return how full each bar is: the score itself if all are from 0 to 1, else its place between worst and best."""
     scores = [result.relevance_score for result in results]
     low, high = min(scores), max(scores)

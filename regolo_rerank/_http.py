@@ -36,7 +36,7 @@ REQUESTS_PER_CLIENT: Final = 2
 """Concurrent requests of one httpx client. With more its pool becomes slow (encode/httpcore#1035)."""
 KEEPALIVE_SECONDS: Final = 60.0
 CONNECT_SECONDS: Final = 5.0
-"""Maximum time to connect to one address of a host. A dead one should not take the time of a whole attempt."""
+"""Maximum time of a sync call to connect to one address of a host: there may be several, tried one by one."""
 _REQUEST_ID_PREFIX: Final = "regolo_rerank-"
 
 C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
@@ -81,10 +81,7 @@ class Connections:
         if pool is None:
             open_client = functools.partial(_open_client, settings.endpoint, self._tls_context)
             pool = self._pools.setdefault(settings.endpoint, _Pool(open_client))
-        try:
-            member = pool.take()
-        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
-            return _describe_environment_error(error)
+        member = pool.take()
         outcome: Reply | RegoloError | None = None
         try:
             outcome = _send(member.client, settings, body, seconds)
@@ -102,10 +99,7 @@ class Connections:
         if pool is None:
             open_client = functools.partial(_open_async_client, settings.endpoint, self._tls_context)
             pool = pools.by_endpoint[settings.endpoint] = _Pool(open_client)
-        try:
-            member = pool.take()
-        except Exception as error:  # noqa: BLE001 - httpx raises many kinds for proxies and certificates
-            return _describe_environment_error(error)
+        member = pool.take()
         outcome: Reply | RegoloError | None = None
         try:
             outcome = await _asend(member.client, settings, body, seconds)
@@ -139,9 +133,9 @@ class Connections:
 def _close_pools(pools: "dict[Endpoint, _Pool[httpx.Client]]", pid: int) -> None:
     """Close the connections of sync calls, but not in a process that was forked from theirs."""
     if pid == os.getpid():
-        with suppress(KeyError):
-            while True:
-                pools.popitem()[1].close()
+        for pool in list(pools.values()):
+            for client in pool.retire():
+                client.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +173,7 @@ class _Pool(Generic[C]):
     """httpx clients for one endpoint, each with at most `REQUESTS_PER_CLIENT` requests in flight."""
 
     def __init__(self, open_client: Callable[[], C]) -> None:
-        self._create: Callable[[], C] = open_client
+        self._open_client: Callable[[], C] = open_client
         self._members: list[_Member[C]] = []
 
     def take(self) -> _Member[C]:
@@ -187,10 +181,18 @@ class _Pool(Generic[C]):
         with opening:
             member = min(self._members, key=attrgetter("in_flight"), default=None)
             if member is None or member.in_flight >= REQUESTS_PER_CLIENT:
-                member = _Member(self._create())
+                member = _Member(self._open())
                 self._members.append(member)
             member.in_flight += 1
             return member
+
+    def _open(self) -> C:
+        try:
+            return self._open_client()
+        except Exception as error:  # httpx raises many kinds
+            failure = APIConnectionError(f"the proxies or certificates in the environment cannot be used: {error}")
+            failure.retryable = False
+            raise failure from error
 
     def give_back(self, member: _Member[C], *, is_broken: bool) -> list[C]:
         """Count a request as finished, and return the clients that the caller must close.
@@ -210,11 +212,6 @@ class _Pool(Generic[C]):
             for member in members:
                 member.is_retired = True
             return [member.client for member in members if member.in_flight == 0]
-
-    def close(self: "_Pool[httpx.Client]") -> None:
-        """Close all clients, busy ones after their last request."""
-        for client in self.retire():
-            client.close()
 
 
 def _open_client(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> "httpx.Client":
@@ -283,7 +280,7 @@ async def _asend(
     started = time.monotonic()
     try:
         async with asyncio.timeout(seconds):
-            request = _build_request(client, settings, body, seconds)
+            request = _build_request(client, settings, body, None)  # `seconds` limits everything already
             response = await client.send(request, **_send_options(settings))
             try:
                 reader = _ReplyReader(response, settings, started)
@@ -312,8 +309,9 @@ def _build_request(
         **(settings.options.default_headers or {}),
     }
     own: dict[str, Any] = {}
-    if settings.timeout is not None and seconds is not None:
-        own["timeout"] = (min(seconds, CONNECT_SECONDS), seconds, seconds, seconds)  # connect, read, write, pool
+    if settings.timeout is not None:
+        # Connect, read, write, and wait for the pool.
+        own["timeout"] = None if seconds is None else (min(seconds, CONNECT_SECONDS), seconds, seconds, seconds)
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
     if settings.key is not None:
@@ -411,10 +409,3 @@ def _translate(error: Exception, settings: Settings, seconds: float | None) -> R
             f"event loop"
         )
     raise error
-
-
-def _describe_environment_error(error: Exception) -> APIConnectionError:
-    """Return the error for a client that cannot be opened, because of proxies or certificates in the environment."""
-    failure = APIConnectionError(f"the proxies or certificates in the environment cannot be used: {error}")
-    failure.retryable = False
-    return failure

@@ -78,10 +78,9 @@ def get_texts(documents: list[Any], text: str | Callable[[Any], str] | None) -> 
         texts = [_get_field(index, document, text) for index, document in enumerate(documents)]
     else:
         raise InvalidInputError(f"text: must be a field name or a function, got {type(text).__name__}")
-    if not set(map(type, texts)) <= {str}:
-        for index, value in enumerate(texts):
-            if not isinstance(value, str):
-                raise InvalidInputError(f"documents[{index}]: {_describe_wrong_text(value, text)}")
+    for index, value in enumerate(texts):
+        if not isinstance(value, str):
+            raise InvalidInputError(f"documents[{index}]: {_describe_wrong_text(value, text)}")
     return texts
 
 

@@ -14,11 +14,11 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import set_config_context
-from pydantic import BaseModel, ConfigDict, SecretStr, SkipValidation, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, SecretStr, SkipValidation, create_model
 
 from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.langchain import RegoloRerank
-from regolo_rerank.options import explain
+from regolo_rerank.options import explained
 
 __all__ = ["RerankRetriever", "RerankStep"]
 
@@ -145,10 +145,7 @@ class RerankRetriever(_CallOptions, BaseRetriever):
     if not TYPE_CHECKING:  # type checkers read the parameters from the fields
 
         def __init__(self, **fields: Any) -> None:
-            try:
-                super().__init__(**fields)
-            except ValidationError as error:
-                raise explain(error, type(self)) from None
+            explained(type(self), super().__init__, **fields)
 
     def invoke(
         self,

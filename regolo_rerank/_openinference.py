@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
-__all__ = ["show_inputs", "show_outputs", "show_report", "show_tokens"]
+__all__ = ["show_inputs", "show_outputs", "show_report"]
 
 _log = logging.getLogger("regolo_rerank")
 
@@ -19,12 +19,11 @@ def show_inputs(run: Any, query: str, documents: Sequence[Any], model: str, top_
 
 
 def show_outputs(run: Any, documents: Sequence[Any], scores: list[float] | None, **report: Any) -> None:
-    """Add the outputs of a LangChain run to its span."""
+    """Add the outputs of a LangChain run to its span, and the tokens to the run.
+
+    They go where LangChain's own models put them, so that LangSmith counts them.
+    """
     _show(run, _attributes(report), output_documents=_describe(documents, scores))
-
-
-def show_tokens(run: Any, report: dict[str, Any]) -> None:
-    """Add the tokens to a LangChain run where LangChain's own models put them, so that LangSmith counts them."""
     tokens = (report["usage"] or {}).get("total_tokens")
     if tokens is None:
         return

@@ -26,6 +26,7 @@ __all__ = [
     "Reply",
     "Score",
     "encode",
+    "invalid_reply",
     "read_reply",
     "replace_surrogates",
     "request_id_of",
@@ -135,15 +136,15 @@ def read_reply(reply: Reply, *, url: str, model: str) -> Ranking:
         body = from_json(reply.text)
     except ValueError:
         if reply.text.lstrip().startswith("<"):
-            raise _invalid(f"a web page answered at {url}, so check base_url", reply) from None
+            raise invalid_reply(f"a web page answered at {url}, so check base_url", reply) from None
         # A broken connection may have cut the reply off, so another attempt can succeed.
-        raise _invalid(f"not JSON: {reply.text[:80]!r}", reply, retryable=True) from None
+        raise invalid_reply(f"not JSON: {reply.text[:80]!r}", reply, retryable=True) from None
     if isinstance(body, list):  # SGLang returns the bare list
         body = {"results": body}
     if isinstance(body, dict) and body.get("error") is not None:
         raise _read_error_in_success(body, reply)
     if not isinstance(body, dict) or not isinstance(body.get("results"), list):
-        raise _invalid(f"must contain a list of results, got {_describe_shape(body)}", reply)
+        raise invalid_reply(f"must contain a list of results, got {_describe_shape(body)}", reply)
     return Ranking(
         scores=_read_scores(body["results"], reply),
         id=None if body.get("id") is None else str(body["id"]),
@@ -159,13 +160,13 @@ def _read_scores(results: list[Any], reply: Reply) -> list[Score]:
     scores = []
     for position, result in enumerate(results):
         if not isinstance(result, dict):
-            raise _invalid(f"results[{position}] must be an object, got {_describe_shape(result)}", reply)
+            raise invalid_reply(f"results[{position}] must be an object, got {_describe_shape(result)}", reply)
         index = result.get("index")
         value = result.get("relevance_score", result.get("score"))
         if not isinstance(index, int) or isinstance(index, bool):
-            raise _invalid(f"results[{position}].index must be an integer, got {_describe_shape(index)}", reply)
+            raise invalid_reply(f"results[{position}].index must be an integer, got {_describe_shape(index)}", reply)
         if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST <= value <= _LARGEST:
-            raise _invalid(
+            raise invalid_reply(
                 f"results[{position}].relevance_score must be a finite number, got {_describe_shape(value)}", reply
             )
         document = result.get("document")
@@ -193,7 +194,7 @@ def _read_model(body: dict[str, Any], reply: Reply, requested: str) -> str | Non
     model = named if isinstance(named, str) and named else None
     if _read_number(reply.headers.get("x-litellm-attempted-fallbacks")):
         name = "another model" if model is None else repr(model)
-        raise _invalid(f"{requested!r} was requested, and {name} answered as its substitute", reply)
+        raise invalid_reply(f"{requested!r} was requested, and {name} answered as its substitute", reply)
     return model
 
 
@@ -212,7 +213,8 @@ def _count_tokens(body: dict[str, Any]) -> int | None:
     return None
 
 
-def _invalid(problem: str, reply: Reply, *, code: str | None = None, retryable: bool = False) -> APIResponseError:
+def invalid_reply(problem: str, reply: Reply, *, code: str | None = None, retryable: bool = False) -> APIResponseError:
+    """Return the error for a 2xx reply that cannot be used."""
     error = APIResponseError(
         f"invalid reply: {problem}", request_id=request_id_of(reply), code=code, body=reply.text[:_CLIP]
     )
@@ -222,37 +224,29 @@ def _invalid(problem: str, reply: Reply, *, code: str | None = None, retryable: 
 
 def _read_error_in_success(body: dict[str, Any], reply: Reply) -> APIResponseError:
     """Return the error for a 2xx that contains an error. One with a code of 4xx, except 408 and 429, is permanent."""
-    details = _find_error(body)
-    code = details.code
+    message, _, code = _find_error(body)
     retryable = code in {None, "408", "429"} or not str(code).startswith("4")
-    return _invalid(details.message or "an error instead of results", reply, code=code, retryable=retryable)
-
-
-@dataclass(frozen=True, slots=True)
-class _ErrorDetails:
-    message: str | None = None
-    type: str | None = None
-    code: str | None = None
+    return invalid_reply(message or "an error instead of results", reply, code=code, retryable=retryable)
 
 
 def _read_error(reply: Reply, url: str) -> APIStatusError:
     status = reply.status_code
-    details = _ErrorDetails()
+    reason = kind = code = None
     with suppress(ValueError, RecursionError):
-        details = _find_error(json.loads(reply.text))
-    message = details.message or _strip_tags(reply.text) or "the server gives no reason"
+        reason, kind, code = _find_error(json.loads(reply.text))
+    message = reason or _strip_tags(reply.text) or "the server gives no reason"
     if location := reply.headers.get("location"):
         message = f"the server redirects to {location}. Redirects are not followed, so set base_url to that address"
     fields: dict[str, Any] = {
         "request_id": request_id_of(reply),
-        "code": details.code,
-        "type": details.type,
+        "code": code,
+        "type": kind,
         "body": reply.text[:_CLIP],
         "retry_after": _find_wait(reply.headers, message),
     }
     where = f"HTTP {status}" + (f", request {fields['request_id']}" if fields["request_id"] else "")
     text = f"{message[:_CLIP]} [{where}]"
-    if "key_model_access_denied" in (details.type, details.code):
+    if "key_model_access_denied" in (kind, code):
         text += ". The API key has no access to this model. Check the option model"
     elif status == 401:
         text += f". Check the API key: api_key, or the environment variable {API_KEY_VARIABLE}"
@@ -272,19 +266,19 @@ _TOO_LONG: Final = re.compile(
 )
 
 
-def _find_error(body: Any) -> _ErrorDetails:
+def _find_error(body: Any) -> tuple[str | None, str | None, str | None]:
     """Return message, type and code from any of the known shapes of an error."""
     if not isinstance(body, dict):
-        return _ErrorDetails()
+        return None, None, None
     for error in (body.get("error"), body.get("detail"), body.get("message")):
         if isinstance(error, dict) and error:
             message = error.get("message") or error.get("error") or error
-            return _ErrorDetails(_as_text(message), _as_text(error.get("type")), _as_text(error.get("code")))
+            return _as_text(message), _as_text(error.get("type")), _as_text(error.get("code"))
         if isinstance(error, str) and error:
-            return _ErrorDetails(_as_text(error), _as_text(body.get("type")), _as_text(body.get("code")))
+            return _as_text(error), _as_text(body.get("type")), _as_text(body.get("code"))
         if isinstance(error, list) and error:
-            return _ErrorDetails("; ".join(_describe_detail(line) for line in error))
-    return _ErrorDetails()
+            return "; ".join(_describe_detail(line) for line in error), None, None
+    return None, None, None
 
 
 def _as_text(value: Any) -> str | None:

@@ -88,6 +88,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
     call.start()
     failures = refusals = 0
     while not call.is_finished:
+        call.check_time()
         # First wait for the end of a pause, which may have become longer during the wait.
         if wait := pause.seconds_left():
             if not _fits(wait, call):
@@ -99,8 +100,7 @@ def attempts(call: Call, batch: Batch, pause: Pause) -> Generator[Send | Sleep, 
         failure = _find_failure(call, batch, outcome)
         if failure is None or call.is_finished:
             return
-        if call.seconds_left() == 0.0:
-            raise call.timeout_error()
+        call.check_time()
 
         # Then decide whether, and when, to try again. The server refuses a request over the limit of parallel requests
         # until another one ends: within `total_timeout`, that is only a reason to wait.
@@ -129,7 +129,7 @@ def _find_failure(call: Call, batch: Batch, outcome: Reply | RegoloError | None)
     _log.debug(
         "POST %s: %d documents, status %d",
         call.settings.endpoint.url,
-        len(batch.texts),
+        len(batch),
         outcome.status_code,
         extra={"status": outcome.status_code, "request_id": request_id_of(outcome), "seconds": outcome.seconds},
     )

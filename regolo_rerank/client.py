@@ -44,15 +44,20 @@ class _Default(float):
     """
 
 
-class RankOptions(TypedDict, total=False):
-    """Keyword arguments that `rerank` and `rerank_many` have in common."""
+class ScoreOptions(TypedDict, total=False):
+    """Options of one call."""
 
-    top_n: int | None
     model: str | None
     instruction: str | None
-    score_threshold: float | None
     total_timeout: float | None
     extra_body: dict[str, Any] | None
+
+
+class RankOptions(ScoreOptions, total=False):
+    """Options of one call that returns a ranking."""
+
+    top_n: int | None
+    score_threshold: float | None
 
 
 class RegoloClient:
@@ -217,10 +222,7 @@ class RegoloClient:
             extra_body=extra_body,
         )
         call = self._begin(settings, query, documents, text)
-        try:
-            _workers.run(call, self._connections, self._pause(settings))
-        finally:
-            call.keep_scores()
+        _workers.run(call, self._connections, self._pause(settings))
         return call.response()
 
     @overload
@@ -259,10 +261,8 @@ class RegoloClient:
             extra_body=extra_body,
         )
         call = self._begin(settings, query, documents, text)
-        try:
-            await _workers.run_async(call, self._connections, self._pause(settings))
-        finally:
-            call.keep_scores()
+        slots = asyncio.Semaphore(settings.options.max_concurrency)
+        await _workers.run_async(call, self._connections, self._pause(settings), slots)
         return call.response()
 
     def score(
@@ -271,10 +271,7 @@ class RegoloClient:
         documents: Iterable[Any],
         *,
         text: str | Callable[[Any], str] | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        total_timeout: float | None = None,
-        extra_body: dict[str, Any] | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[float]:
         """Return the scores of N documents in the caller's order, for example as a column of a DataFrame.
 
@@ -284,26 +281,14 @@ class RegoloClient:
             query: The query, not blank.
             documents: N documents, as in `rerank`.
             text: As in `rerank`.
-            model: As in `rerank`.
-            instruction: As in `rerank`.
-            total_timeout: As in `rerank`.
-            extra_body: As in `rerank`.
+            **options: `model`, `instruction`, `total_timeout` and `extra_body`, as in `rerank`.
 
         Raises:
             RegoloError: As in `rerank`.
         """
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(
-            everything.rerank(
-                query,
-                documents,
-                text=text,
-                model=model,
-                instruction=instruction,
-                total_timeout=total_timeout,
-                extra_body=extra_body,
-            )
-        )
+        response = everything.rerank(query, documents, text=text, top_n=None, score_threshold=None, **options)
+        return _in_input_order(response)
 
     async def ascore(
         self,
@@ -311,24 +296,12 @@ class RegoloClient:
         documents: Iterable[Any],
         *,
         text: str | Callable[[Any], str] | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        total_timeout: float | None = None,
-        extra_body: dict[str, Any] | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[float]:
         """Return the scores as `score` does, without blocking the event loop."""
         everything = self.with_options(top_n=None, score_threshold=None)
-        return _in_input_order(
-            await everything.arerank(
-                query,
-                documents,
-                text=text,
-                model=model,
-                instruction=instruction,
-                total_timeout=total_timeout,
-                extra_body=extra_body,
-            )
-        )
+        response = await everything.arerank(query, documents, text=text, top_n=None, score_threshold=None, **options)
+        return _in_input_order(response)
 
     @overload
     def rerank_many(
@@ -436,13 +409,15 @@ class RegoloClient:
         self, settings: Settings, pairs: Any, text: Any, *, return_exceptions: bool
     ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
         _check_event_loop()
-        indices = itertools.count()
+        indices, pause = itertools.count(), self._pause(settings)
+        slots = asyncio.Semaphore(settings.options.max_concurrency)
 
-        def begin(pair: object) -> Call | RegoloError:
-            return self._begin_pair(settings, next(indices), pair, text)
+        async def rank(pair: object) -> Call:
+            call = self._begin_pair(settings, next(indices), pair, text)
+            await _workers.run_async(call, self._connections, pause, slots)
+            return call
 
-        workers = settings.options.max_concurrency
-        calls = _workers.TasksInOrder(pairs, begin, workers, self._connections, self._pause(settings))
+        calls = _workers.TasksInOrder(pairs, rank, settings.options.max_concurrency)
         try:
             while (call := await calls.next()) is not None:
                 yield _finish(call, return_exceptions=return_exceptions)
@@ -454,14 +429,13 @@ class RegoloClient:
         query, documents = check_query(query), check_documents(documents)
         return Call(settings, query, documents, get_texts(documents, text), self._open_cache(settings, query))
 
-    def _begin_pair(self, settings: Settings, index: int, pair: object, text: Any) -> Call | RegoloError:
-        """Return the call of one of many pairs, or the error if the pair is wrong."""
+    def _begin_pair(self, settings: Settings, index: int, pair: object, text: Any) -> Call:
+        """Return the call of one of many pairs. A wrong pair becomes a call without requests that has failed."""
         try:
             call = self._begin(settings, *check_pair(pair), text)
         except RegoloError as error:
             error.args = (f"pairs[{index}]: {error}",)
-            error.index = index
-            return error
+            call = Call.rejected(settings, error)
         call.index = index
         return call
 
@@ -539,11 +513,9 @@ def _check_event_loop() -> None:
         ) from None
 
 
-def _finish(call: Call | RegoloError, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
+def _finish(call: Call, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
     """Return the ranking of one of many pairs, or raise its error, or return the error if the caller wants that."""
     try:
-        if isinstance(call, RegoloError):
-            raise call
         call.keep_scores()
         return call.response()
     except RegoloError as error:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
 from regolo_rerank._version import install_hint
 
@@ -23,9 +23,10 @@ from pydantic import SecretStr, model_validator
 from pydantic_core import PydanticSerializationError
 
 from regolo_rerank import _openinference
-from regolo_rerank._adapters import AdapterOptions, Outcome, report_ranking
+from regolo_rerank._adapters import AdapterOptions, Outcome
 from regolo_rerank._inputs import check_documents
-from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.client import RankOptions
+from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import RerankResponse
 
 if TYPE_CHECKING:
@@ -117,13 +118,13 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._attach_scores(documents, self._rerank(documents, query))
+            return self._attach_scores(documents, self._rerank(query, documents))
         inputs = self._trace_inputs(documents, query)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
         run = manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
         _openinference.show_inputs(run, **inputs)
         try:
-            outcome = self._rerank(documents, query)
+            outcome = self._rerank(query, documents)
             kept = self._attach_scores(documents, outcome)
         except BaseException as error:
             run.on_chain_error(error)
@@ -138,13 +139,13 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._attach_scores(documents, await self._arerank(documents, query))
+            return self._attach_scores(documents, await self._arerank(query, documents))
         inputs = self._trace_inputs(documents, query)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
         run = await manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
         _openinference.show_inputs(run, **inputs)
         try:
-            outcome = await self._arerank(documents, query)
+            outcome = await self._arerank(query, documents)
             kept = self._attach_scores(documents, outcome)
         except BaseException as error:
             await run.on_chain_error(error)
@@ -156,13 +157,7 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         self,
         documents: Iterable[str | Document | dict[str, Any]],
         query: str,
-        *,
-        top_n: int | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        score_threshold: float | None = None,
-        total_timeout: float | None = None,
-        extra_body: dict[str, Any] | None = None,
+        **options: Unpack[RankOptions],
     ) -> list[RankedIndex]:
         """Rank strings, documents or dicts, as LangChain's other rerankers do.
 
@@ -171,12 +166,8 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Args:
             documents: N strings, documents, or dicts with a `text`.
             query: The query, not blank.
-            top_n: As in `RegoloClient.rerank`, like the following arguments.
-            model: Name of the reranking model.
-            instruction: The task in one sentence.
-            score_threshold: Drop results with a lower score.
-            total_timeout: Seconds for the whole call.
-            extra_body: Additional JSON fields of each request.
+            **options: `top_n`, `model`, `instruction`, `score_threshold`, `total_timeout` and `extra_body`, as in
+                `RegoloClient.rerank`.
 
         Returns:
             At most min(N, top_n) dicts with `index` and `relevance_score`, best first.
@@ -184,43 +175,17 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         Raises:
             RegoloError: As in `RegoloClient.rerank`.
         """
-        response = self._client_for_call().rerank(
-            query,
-            documents,
-            text=self._text_of_any,
-            top_n=top_n,
-            model=model,
-            instruction=instruction,
-            score_threshold=score_threshold,
-            total_timeout=total_timeout,
-            extra_body=extra_body,
-        )
+        response = self._client_for_call().rerank(query, documents, text=self._text_of_any, **options)
         return _indices_of(response)
 
     async def arerank(
         self,
         documents: Iterable[str | Document | dict[str, Any]],
         query: str,
-        *,
-        top_n: int | None = None,
-        model: str | None = None,
-        instruction: str | None = None,
-        score_threshold: float | None = None,
-        total_timeout: float | None = None,
-        extra_body: dict[str, Any] | None = None,
+        **options: Unpack[RankOptions],
     ) -> list[RankedIndex]:
         """Rank as `rerank` does, without blocking the event loop."""
-        response = await self._client_for_call().arerank(
-            query,
-            documents,
-            text=self._text_of_any,
-            top_n=top_n,
-            model=model,
-            instruction=instruction,
-            score_threshold=score_threshold,
-            total_timeout=total_timeout,
-            extra_body=extra_body,
-        )
+        response = await self._client_for_call().arerank(query, documents, text=self._text_of_any, **options)
         return _indices_of(response)
 
     def as_runnable(self, *, query_key: str = "query", documents_key: str = "documents") -> "RerankStep":
@@ -245,20 +210,6 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         from regolo_rerank._langchain_runnables import RerankStep
 
         return RerankStep(reranker=self, query_key=query_key, documents_key=documents_key)
-
-    def _rerank(self, documents: list[Document], query: str) -> Outcome:
-        try:
-            response = self._client_for_call().rerank(query, documents, text=self._text_of)
-        except RegoloError as error:
-            return self._fall_back(error, len(documents))
-        return Outcome(response, report_ranking(response))
-
-    async def _arerank(self, documents: list[Document], query: str) -> Outcome:
-        try:
-            response = await self._client_for_call().arerank(query, documents, text=self._text_of)
-        except RegoloError as error:
-            return self._fall_back(error, len(documents))
-        return Outcome(response, report_ranking(response))
 
     def _attach_scores(self, documents: list[Document], outcome: Outcome) -> list[Document]:
         """Return copies of the ranked documents with their scores, or after a fallback the first ones without."""
@@ -338,5 +289,4 @@ def _trace_outputs(
     scores = None if outcome.response is None else [result.relevance_score for result in outcome.response.results]
     outputs = {"documents": list(kept), "scores": scores, **outcome.report}
     _openinference.show_outputs(run, **outputs)
-    _openinference.show_tokens(run, outcome.report)
     return outputs

@@ -19,9 +19,9 @@ except ImportError as error:
 from pydantic import model_validator
 
 from regolo_rerank import _openinference
-from regolo_rerank._adapters import AdapterOptions, Outcome, report_failure, report_ranking
+from regolo_rerank._adapters import AdapterOptions, Outcome, report_failure
 from regolo_rerank._inputs import check_documents
-from regolo_rerank.errors import InvalidInputError, RegoloError
+from regolo_rerank.errors import InvalidInputError
 from regolo_rerank.results import Usage
 
 __all__ = ["RegoloReRankEndEvent", "RegoloRerank"]
@@ -101,11 +101,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            try:
-                response = self._client_for_call().rerank(run.query, run.nodes, text=self._text_of)
-                run.outcome = Outcome(response, report_ranking(response))
-            except RegoloError as error:
-                run.outcome = self._fall_back(error, len(run.nodes))
+            run.outcome = self._rerank(run.query, run.nodes)
             run.kept = self._attach_scores(run.nodes, run.outcome)
         return run.kept
 
@@ -114,11 +110,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            try:
-                response = await self._client_for_call().arerank(run.query, run.nodes, text=self._text_of)
-                run.outcome = Outcome(response, report_ranking(response))
-            except RegoloError as error:
-                run.outcome = self._fall_back(error, len(run.nodes))
+            run.outcome = await self._arerank(run.query, run.nodes)
             run.kept = self._attach_scores(run.nodes, run.outcome)
         return run.kept
 

@@ -13,6 +13,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
@@ -125,23 +126,20 @@ def _check_cache(cache: Any) -> Any:
     return cache
 
 
-def _http_client_check(*, is_async: bool) -> Callable[[Any], Any]:
-    """Return a check for clients of httpx and compatible libraries, which is all that they need to have in common."""
-
-    def check(client: Any) -> Any:
-        send = getattr(client, "send", None)
-        if client is not None and (
-            not hasattr(client, "build_request") or inspect.iscoroutinefunction(send) is not is_async
-        ):
-            raise ValueError(f"must be an {'httpx.AsyncClient' if is_async else 'httpx.Client'}")
-        return client
-
-    return check
+def _check_http_client(client: Any, *, is_async: bool) -> Any:
+    """Accept every object with the methods that we call: the client may be of another library than httpx."""
+    has_send = inspect.iscoroutinefunction(getattr(client, "send", None)) is is_async
+    if client is not None and not (has_send and hasattr(client, "build_request")):
+        raise ValueError(f"must be an {'httpx.AsyncClient' if is_async else 'httpx.Client'}")
+    return client
 
 
 Count = Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1_000_000)]
 Text = Annotated[str, Field(strict=True), AfterValidator(_check_text)]
+
+_HIDDEN: Final[Any] = Field(default=None, exclude=True, repr=False)
+"""An option that a repr and a dump leave out."""
 
 
 class Options(BaseModel):
@@ -226,23 +224,19 @@ class Options(BaseModel):
     allow_http: bool = Field(default=False, strict=True)
     """Allow sending the key over plain http to another machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = Field(
-        default=None, exclude=True, repr=False
-    )
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = _HIDDEN
     """Where scores are kept: the path of an SQLite file, or any mutable mapping from strings to floats. Only pairs
     without a cached score are sent."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores instead of the offline scorer."""
 
-    http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=False))]] = Field(
-        default=None, exclude=True, repr=False
-    )
+    http_client: SkipJsonSchema[Annotated[Any, PlainValidator(partial(_check_http_client, is_async=False))]] = _HIDDEN
     """The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply. It is never closed. Its
     timeouts apply unless `timeout` is given."""
 
-    async_http_client: SkipJsonSchema[Annotated[Any, PlainValidator(_http_client_check(is_async=True))]] = Field(
-        default=None, exclude=True, repr=False
+    async_http_client: SkipJsonSchema[Annotated[Any, PlainValidator(partial(_check_http_client, is_async=True))]] = (
+        _HIDDEN
     )
     """The caller's own `httpx.AsyncClient` for async calls."""
 
@@ -250,22 +244,10 @@ class Options(BaseModel):
     """The `User-Agent` of requests. Adapters add their framework."""
 
     def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            problem = explain(error, type(self))
-        else:
-            return
-        raise problem
+        explained(type(self), super().__init__, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            problem = explain(error, type(self))
-        else:
-            return
-        raise problem
+        explained(type(self), super().__setattr__, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the explicit options, without the key, the cache and the caller's HTTP clients."""
@@ -276,7 +258,7 @@ class Options(BaseModel):
         }
         if "api_key" in explicit:
             explicit["api_key"] = _dump_key(explicit["api_key"])
-        return _rebuild, (type(self), explicit)
+        return partial(type(self), **explicit), ()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:  # noqa: ARG002 - pydantic's
         """Return a copy with some options changed, each of them checked.
@@ -298,31 +280,26 @@ class Options(BaseModel):
         return self.model_copy()
 
 
-def _rebuild(cls: type[Options], explicit: dict[str, Any]) -> Options:
-    return cls(**explicit)
-
+_OTHER_NAMES: Final = {
+    "top_n": ("k", "top_k"),
+    "model": ("model_name", "model_id"),
+    "base_url": ("api_base", "endpoint", "url"),
+    "score_threshold": ("similarity_cutoff", "threshold"),
+    "timeout": ("request_timeout",),
+    "max_retries": ("retries",),
+    "total_timeout": ("max_retry_seconds",),
+    "http_client": ("client",),
+    "reranker": ("base_compressor",),
+}
+"""Our options, and their names in other rerankers."""
 
 _HINTS: Final = {
-    "k": "did you mean top_n?",
-    "top_k": "did you mean top_n?",
-    "model_name": "did you mean model?",
-    "model_id": "did you mean model?",
-    "api_base": "did you mean base_url?",
-    "endpoint": "did you mean base_url?",
-    "url": "did you mean base_url?",
-    "similarity_cutoff": "did you mean score_threshold?",
-    "threshold": "did you mean score_threshold?",
-    "request_timeout": "did you mean timeout?",
-    "retries": "did you mean max_retries?",
-    "max_retry_seconds": "did you mean total_timeout?",
-    "max_length": "did you mean max_document_chars? It counts characters, not tokens",
-    "max_tokens_per_doc": "did you mean max_document_chars? It counts characters, not tokens",
-    "truncation": "did you mean max_document_chars? It counts characters, not tokens",
-    "truncate": "did you mean max_document_chars? It counts characters, not tokens",
-    "client": "did you mean http_client?",
-    "base_compressor": "did you mean reranker?",
-    "device": "leave it out. The model runs on the server",
-    "use_fp16": "leave it out. The model runs on the server",
+    **{other: f"did you mean {name}?" for name, others in _OTHER_NAMES.items() for other in others},
+    **dict.fromkeys(
+        ("max_length", "max_tokens_per_doc", "truncation", "truncate"),
+        "did you mean max_document_chars? It counts characters, not tokens",
+    ),
+    **dict.fromkeys(("device", "use_fp16"), "leave it out. The model runs on the server"),
     "llm": "pass the model's name as model. The server runs it",
 }
 """Options of other rerankers, and what to use instead."""
@@ -330,7 +307,18 @@ _HINTS: Final = {
 _MAY_HOLD_A_SECRET: Final = {"api_key", "regolo_api_key", "base_url", "default_headers", "extra_body"}
 
 
-def explain(error: ValidationError, cls: type[BaseModel]) -> InvalidInputError:
+def explained(cls: type[BaseModel], action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call a function of pydantic, and raise its error as one of ours."""
+    try:
+        action(*args, **kwargs)
+    except ValidationError as error:
+        problem = _explain(error, cls)
+    else:
+        return
+    raise problem  # outside of `except`, so that pydantic's error, which may hold a key, is not its context
+
+
+def _explain(error: ValidationError, cls: type[BaseModel]) -> InvalidInputError:
     """Return pydantic's error as one of ours: each option with its problem and, if it cannot be a key, its value."""
     problems = []
     for line in error.errors(include_url=False, include_context=False):

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
+from regolo_rerank import _display
+
 __all__ = ["RerankResponse", "RerankResult", "Usage"]
 
 T = TypeVar("T")
@@ -27,14 +29,10 @@ class RerankResult(Generic[T]):
     passage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        from regolo_rerank._display import text
-
-        return text([self], ranked=False)
+        return _display.text([self], ranked=False)
 
     def _repr_html_(self) -> str:
-        from regolo_rerank._display import html
-
-        return html([self], ranked=False)
+        return _display.html([self], ranked=False)
 
 
 @dataclass(slots=True)
@@ -89,11 +87,7 @@ class RerankResponse(Generic[T]):
         return self.results[position]
 
     def __str__(self) -> str:
-        from regolo_rerank._display import text
-
-        return text(self.results)
+        return _display.text(self.results)
 
     def _repr_html_(self) -> str:
-        from regolo_rerank._display import html
-
-        return html(self.results)
+        return _display.html(self.results)

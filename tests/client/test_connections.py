@@ -313,8 +313,8 @@ def test_worker_threads(client: RegoloClient, stub: Stub, batch_size: int, worke
     assert soon(lambda: not set(threads()) - stuck)
 
 
-def test_a_host_that_accepts_no_connection(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connecting takes only a part of the time of an attempt, and the error tells so."""
+def test_a_host_that_accepts_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync call spends only a part of an attempt on connecting, and the error tells so."""
     monkeypatch.setattr("regolo_rerank._http.CONNECT_SECONDS", 0.2)
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
@@ -324,4 +324,4 @@ def test_a_host_that_accepts_no_connection(call: Call, monkeypatch: pytest.Monke
             waiting.connect_ex(listener.getsockname())
         client = RegoloClient(KEY, base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", max_retries=0)
         with client, pytest.raises(APITimeoutError, match=r"no connection to 127\.0\.0\.1:\d+ within 0\.2 s"):
-            call(client.rerank, "q", ["a"], total_timeout=20.0)
+            client.rerank("q", ["a"], total_timeout=20.0)

@@ -151,16 +151,16 @@ def test_any_documents_rank_as_in_one_plain_sort(
 def test_batches_are_even(count: int, batch_size: int, sizes: list[int]) -> None:
     """There are as few requests as `batch_size` allows, and none is more than one document larger than another."""
     call = begin([str(index) for index in range(count)], batch_size=batch_size)
-    assert [len(batch.texts) for batch in call.batches] == sizes
+    assert [len(batch) for batch in call.batches] == sizes
     assert call.is_finished is (count == 0)
 
 
 def test_batches_by_bytes_are_even_if_they_can_be() -> None:
     """Texts of equal size are spread evenly; a single text over the limit is sent alone, and the rest together."""
     call = begin([f"{index:0100}" for index in range(10)], max_request_bytes=500)
-    assert [len(batch.texts) for batch in call.batches] == [4, 3, 3]
+    assert [len(batch) for batch in call.batches] == [4, 3, 3]
     call = begin(["a", "b", "c" * 900, "d", "e"], max_request_bytes=500)
-    assert [batch.texts for batch in call.batches] == [[0, 1], [2], [3, 4]]
+    assert call.batches == [(0, 1), (2,), (3, 4)]
 
 
 @pytest.mark.parametrize(("count", "text"), [(50, ""), (5, "\x00" * 30), (5, "é" * 60)])
