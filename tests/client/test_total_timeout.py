@@ -61,17 +61,6 @@ def test_a_call_ends_in_time(call: Call, fault: str, requests: int) -> None:
             call(patient.score, "q", documents, total_timeout=0.2)
 
 
-def test_a_wait_of_30_seconds_does_not_fit(call: Call) -> None:
-    """With 429 and `Retry-After: 30`, the refusal itself is raised at once."""
-    with (
-        FaultServer(usual=sends(http(b"{}", 429, retry_after="30"))) as server,
-        RegoloClient(KEY, base_url=server.url) as client,
-        within(6),
-        pytest.raises(RateLimitError, match="Another attempt in 30"),
-    ):
-        call(client.rerank, "q", ["a"], total_timeout=8.0)
-
-
 @pytest.mark.parametrize("batch_size", [1, 100])
 @pytest.mark.parametrize("reply", ["never", "429"])
 def test_16_concurrent_calls_end_in_time(call: Call, reply: str, batch_size: int) -> None:

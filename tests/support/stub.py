@@ -71,11 +71,6 @@ def scored(request: Received) -> Reply:
     return Reply({"id": "stub-1", "results": ranked[: request.json.get("top_n")], "meta": None})
 
 
-def over_parallel_limit(limit: int) -> Reply:
-    """Return the gateway's refusal of a request that is one too many in flight."""
-    return error(f"Limit type: max_parallel_requests. Current limit: {limit}", 429, retry_after_ms=None)
-
-
 def together(count: int) -> Callable[[Received], Reply]:
     """Return a function that answers `count` requests once all of them are in flight."""
     arrived = threading.Barrier(count, timeout=20)
