@@ -85,8 +85,10 @@ def test_arguments_replace_options_for_one_call(call: Call, stub: Stub) -> None:
     """An argument counts for its call only, and an assigned option from the next call on."""
     client = RegoloClient(KEY, base_url=stub.url, top_n=1, model="m", extra_body={"a": 1}, prompt_format="documented")
     call(client.rerank, "q", texts(3))
-    replaced: dict[str, Any] = {"top_n": 3, "model": "n", "instruction": "Find", "extra_body": {"b": 2}}
-    assert len(call(client.rerank, "q", texts(3), score_threshold=0.3, **replaced)) == 2
+    response = call(
+        client.rerank, "q", texts(3), top_n=3, model="n", instruction="Find", score_threshold=0.3, extra_body={"b": 2}
+    )
+    assert len(response) == 2
     client.options.model = "o"
     call(client.rerank, "q", texts(3))
     first, second, third = (request.json for request in stub.received)
