@@ -4,64 +4,22 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import aclosing, closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from regolo_rerank import BadRequestError, InvalidInputError, MissingAPIKeyError, RegoloClient, RegoloError
 from tests.conftest import KEY
+from tests.support.modes import Many, awaited
 from tests.support.observed import asoon, slowly, soon
 from tests.support.stub import Received, Reply, Stub, error, pairs, scored, together
 
-MODES = ["sync", "async", "async source"]
 Pair = tuple[str, list[str]]
 
 
-async def awaited(items: Iterable[Any]) -> AsyncIterator[Any]:
-    """Yield items as an async generator, with other tasks running in between."""
-    for item in items:
-        await asyncio.sleep(0)
-        yield item
-
-
-class Many:
-    """Runs `rerank_many` or `arerank_many`, the latter from a list or from an async generator."""
-
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
-
-    def __call__(
-        self, client: RegoloClient, source: Any, *, into: list[Any] | None = None, stop: int = -1, **options: Any
-    ) -> list[Any]:
-        """Return the outcomes, or the first `stop` ones, and put them into a list one by one."""
-        got = [] if into is None else into
-        if self.mode == "sync":
-            with closing(client.rerank_many(source, **options)) as ranked:
-                for outcome in ranked:
-                    got.append(outcome)
-                    if len(got) == stop:
-                        break
-        else:
-            asyncio.run(self._consume(client, source, got, stop, **options))
-        return got
-
-    async def _consume(self, client: RegoloClient, source: Any, got: list[Any], stop: int, **options: Any) -> None:
-        pairs = awaited(source) if self.mode == "async source" else source
-        ranked = client.arerank_many(pairs, **options)
-        try:
-            async for outcome in ranked:
-                got.append(outcome)
-                if len(got) == stop:
-                    break
-        finally:
-            await ranked.aclose()
-            assert asyncio.all_tasks() == {asyncio.current_task()}
-        await client.aclose()
-
-
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=["sync", "async", "async source"])
 def many(request: pytest.FixtureRequest) -> Many:
     """All ways to rank many."""
     return Many(request.param)
