@@ -279,18 +279,22 @@ def test_arguments_apply_to_all_pairs(many: Many, client: RegoloClient, stub: St
 
 def test_closing_early_ends_what_is_in_flight(stub: Stub) -> None:
     """`close`, and dropping the generator, do not wait for requests, and their workers send nothing more."""
-    released = threading.Event()
+    read, released = threading.Event(), threading.Event()
+
+    def source() -> Iterator[Pair]:
+        yield from smalls(9)
+        read.set()
 
     def reply(request: Received) -> Reply:
-        if "query 0" not in request.json["query"]:
-            released.wait(20)
+        (read if "query 0" in request.json["query"] else released).wait(20)
         return scored(request)
 
     stub.reply = reply
     with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
         for way in ("close", "drop"):
+            read.clear()
             stub.received.clear()
-            ranked = client.rerank_many(smalls(9), max_concurrency=3)
+            ranked = client.rerank_many(source(), max_concurrency=3)
             next(ranked)
             assert soon(lambda: stub.at_once == 3)
             started = time.monotonic()
