@@ -242,6 +242,13 @@ def test_a_split_document_has_its_best_passage() -> None:
     assert pairs(call.response()) == [(0, 0.9), (1, 0.1)]
 
 
+def test_a_document_of_blank_passages_is_blank() -> None:
+    """A long document of white space is not sent."""
+    call = begin([" " * 99], max_document_chars=9, long_documents="split")
+    assert call.batches == []
+    assert pairs(call.response()) == [(0, 0.0)]
+
+
 # --- replies that do not fit ------------------------------------------------------------------------------------------
 
 
