@@ -276,7 +276,7 @@ def test_a_reply_must_rank_every_document_once(scores: Pairs, problem: str) -> N
 
 
 def test_an_error_names_the_address_and_the_model_of_its_call() -> None:
-    """They are those of the settings, without a look at the reply."""
+    """Both are those of its settings."""
     call = begin(["a"], model="m")
     with pytest.raises(NotFoundError, match=f"No rerank endpoint at {URL}: check base_url"):
         call.accept(call.batches[0], reply_of("", 404))
