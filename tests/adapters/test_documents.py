@@ -14,7 +14,6 @@ from tests.adapters.helpers import (
     TEXTS,
     Adapter,
     Rerank,
-    ids_of,
     items_for,
     metadata_of,
     scores_of,
@@ -32,15 +31,6 @@ def test_the_best_come_first_with_their_scores(rerank: Rerank, adapter: Adapter,
     assert stub.received[0].json["query"] == QUERY
 
 
-@pytest.mark.parametrize(("top_n", "count"), [(1, 1), (None, 7), (9, 7)])
-def test_top_n_limits_the_result(rerank: Rerank, adapter: Adapter, top_n: int | None, count: int) -> None:
-    """None keeps all, and a larger number than there are is allowed. The default is 5."""
-    assert type(adapter)().top_n == 5
-    adapter.top_n = top_n
-    texts = [f"{number} score=0.{number}" for number in range(1, 8)]
-    assert scores_of(rerank(adapter, items_for(adapter, texts))) == [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1][:count]
-
-
 def test_the_input_is_never_changed(rerank: Rerank, adapter: Adapter) -> None:
     """List, items and metadata are the same after the call, and the results share none of the changed parts."""
     given = items_for(adapter, TEXTS)
@@ -51,20 +41,6 @@ def test_the_input_is_never_changed(rerank: Rerank, adapter: Adapter) -> None:
     assert given == before
     assert not {id(item) for item in given} & {id(item) for item in kept}
     assert not {id(metadata_of(item)) for item in given} & {id(metadata_of(item)) for item in kept}
-
-
-def test_equal_texts_are_all_kept(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """Two documents with the same text are sent once and returned twice, in input order."""
-    adapter.top_n = None
-    kept = rerank(adapter, items_for(adapter, ["b score=0.9", "a score=0.1", "b score=0.9"]))
-    assert ids_of(kept) == ["0", "2", "1"]
-    assert stub.documents == [["b score=0.9", "a score=0.1"]]
-
-
-def test_an_empty_list_sends_nothing(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """Without documents there is nothing to rank."""
-    assert rerank(adapter, []) == []
-    assert stub.received == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.conftest import KEY
 from tests.support.faults import Fault, FaultServer, good, stalls
 from tests.support.modes import Call
 from tests.support.observed import asoon, slowly, sockets, soon, threads
-from tests.support.stub import Received, Reply, Stub, pairs, scored, texts, together
+from tests.support.stub import Received, Reply, Stub, pairs, results, scored, texts, together
 
 DOCUMENTS = ["a score=0.1", "b score=0.9"]
 EXPECTED = [(1, 0.9), (0, 0.1)]
@@ -127,7 +127,7 @@ def test_a_retry_opens_a_new_connection(call: Call, connections: int) -> None:
 def test_connections_that_the_server_has_closed_are_not_used(call: Call) -> None:
     """A server that restarts costs no failed call."""
     with Stub() as restarted, RegoloClient(KEY, base_url=restarted.url, max_retries=1) as client:
-        restarted.script(Reply(scored_body(), headers={"connection": "close"}))
+        restarted.script(Reply(results((0, 0.5)), headers={"connection": "close"}))
 
         async def twice() -> int:
             return len([await client.arerank("q", ["a"]) for _ in range(2)])
@@ -137,11 +137,6 @@ def test_connections_that_the_server_has_closed_are_not_used(call: Call) -> None
         else:
             assert len([client.rerank("q", ["a"]) for _ in range(2)]) == 2
         assert restarted.connections == 2
-
-
-def scored_body() -> dict[str, Any]:
-    """Return a ranking of one document."""
-    return {"results": [{"index": 0, "relevance_score": 0.5}]}
 
 
 def test_a_failure_closes_the_idle_connections(client: RegoloClient, stub: Stub) -> None:

@@ -18,7 +18,7 @@ from tests.conftest import KEY
 from tests.support.faults import FaultServer, good, http, sends, stalls
 from tests.support.modes import Call
 from tests.support.observed import asoon, own_process, slowly, sockets, soon
-from tests.support.stub import Stub, over_parallel_limit, pairs, texts
+from tests.support.stub import Stub, error, pairs, texts
 
 REFUSED = sends(http(b"{}", 429, retry_after="20"))
 
@@ -253,9 +253,9 @@ def test_without_threads_the_callers_own_does_the_work(stub: Stub, monkeypatch: 
         assert [pairs(response) for response in client.rerank_many([("q", texts(1))] * 3)] == [[(0, 0.0)]] * 3
 
 
-@pytest.mark.parametrize("limit", [0, 5])
+@pytest.mark.parametrize("refusals", [0, 2])
 def test_documents_are_freed_with_their_call(
-    call: Call, stub: Stub, limit: int, monkeypatch: pytest.MonkeyPatch
+    call: Call, stub: Stub, refusals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No idle thread, connection or pause refers to the documents of a call that has ended."""
 
@@ -264,8 +264,7 @@ def test_documents_are_freed_with_their_call(
 
     # pytest keeps log records, which refer to errors, and so to the frames of the call.
     monkeypatch.setattr(logging.getLogger("regolo_rerank"), "disabled", True)
-    if limit:
-        stub.script(*[over_parallel_limit(1)] * limit)
+    stub.script(*[error("slow down", 429)] * refusals)
     documents = [Document() for _ in range(6)]
     seen = [weakref.ref(document) for document in documents]
     with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from regolo_rerank import APIConnectionError, APIResponseError, APITimeoutError, InvalidInputError, RegoloClient
+from regolo_rerank import APIConnectionError, APITimeoutError, InvalidInputError, RegoloClient
 from tests.conftest import KEY
-from tests.support.faults import FaultServer, endless, http, sends
+from tests.support.faults import FaultServer, http, sends
 from tests.support.modes import Call
 from tests.support.observed import slowly
 from tests.support.stub import Reply, Stub, error, pairs, results, texts
@@ -144,13 +144,6 @@ def test_a_lost_connection_is_retried(call: Call, library: Any, fault: Any) -> N
         rank(call, library, {}, base_url=server.url, max_retries=0)
 
 
-def test_limits_of_replies_apply(call: Call, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endless reply is rejected while it is read."""
-    monkeypatch.setattr("regolo_rerank._http.MAX_REPLY_BYTES", 1_000_000)
-    with FaultServer(usual=endless) as server, pytest.raises(APIResponseError, match="larger than 1000000 bytes"):
-        rank(call, library, {}, base_url=server.url)
-
-
 def test_a_closed_client_is_named(call: Call, library: Any, stub: Stub) -> None:
     """It is not retried."""
     closed, aclosed = library.Client(), library.AsyncClient()
@@ -173,40 +166,9 @@ def test_an_async_client_in_a_second_loop_is_named(library: Any, stub: Stub) -> 
     loop.close()
 
 
-@pytest.mark.parametrize("option", ["http_client", "async_http_client"])
-@pytest.mark.parametrize("wrong", ["Client", "AsyncClient", None])
-def test_a_wrong_client_is_rejected(library: Any, option: str, wrong: str | None) -> None:
-    """A sync client for async calls and the reverse, and anything else."""
-    fits = (option == "async_http_client") == (wrong == "AsyncClient") and wrong is not None
-    client: Any = object() if wrong is None else getattr(library, wrong)()
-    if fits:
-        with pytest.raises(InvalidInputError, match="http_client: local:// sends nothing"):
-            RegoloClient(base_url="local://", **{option: client}).rerank("q", ["a"])
-    else:
-        with pytest.raises(InvalidInputError, match=f"{option}: must be an httpx"):
-            RegoloClient(**{option: client})
-
-
 def test_mocks_of_httpx_are_read(call: Call, library: Any, stub: Stub) -> None:
     """A mock transport, as tests of applications use it."""
     transport = library.MockTransport(lambda _: library.Response(200, json=results((0, 1.0))))
     response = rank(call, library, {"transport": transport}, base_url=stub.url)
     assert pairs(response) == [(0, 1.0)]
     assert not stub.received
-
-
-def test_an_adapter_over_the_callers_client(library: Any, stub: Stub) -> None:
-    """The LangChain adapter passes the clients on, sync and async."""
-    langchain = pytest.importorskip("regolo_rerank.langchain")
-    documents = pytest.importorskip("langchain_core.documents")
-
-    async def arank(reranker: Any) -> Any:
-        async with library.AsyncClient(headers={"x-mine": "async"}) as own:
-            reranker.async_http_client = own
-            return await reranker.acompress_documents([documents.Document("a")], "q")
-
-    with library.Client(headers={"x-mine": "sync"}) as own:
-        reranker = langchain.RegoloRerank(api_key=KEY, base_url=stub.url, http_client=own)
-        assert len(reranker.compress_documents([documents.Document("a")], "q")) == 1
-        assert len(asyncio.run(arank(reranker))) == 1
-    assert [request.headers["x-mine"] for request in stub.received] == ["sync", "async"]

@@ -11,7 +11,7 @@ from regolo_rerank import APIConnectionError, RegoloClient, RegoloError
 from tests.conftest import KEY
 from tests.support.faults import Fault, FaultServer, http, sends
 from tests.support.modes import Call
-from tests.support.stub import Reply, Stub, results
+from tests.support.stub import Stub
 
 BROKEN = {
     "no http": f"-ERR unknown command: Bearer {KEY}\r\n\r\n",
@@ -69,16 +69,6 @@ def test_an_error_of_the_server(call: Call, fault: Fault, caplog: pytest.LogCapt
     assert KEY not in caplog.text
 
 
-def test_a_ranking_that_contains_the_key(call: Call, client: RegoloClient, stub: Stub) -> None:
-    """Everything that comes from the server is redacted."""
-    stub.always(
-        Reply({**results((0, 0.5)), "id": KEY, "meta": {"key": KEY}, "model": KEY}, headers={"x-request-id": KEY})
-    )
-    response = call(client.rerank, "q", ["a"])
-    assert KEY not in repr(response)
-    assert (response.id, response.model, response.request_ids) == ("***", "***", ["***"])
-
-
 def test_reprs_copies_and_pickles(client: RegoloClient, stub: Stub) -> None:
     """A pickled client takes the key from the environment again."""
     for each in (client, client.options, copy.copy(client), copy.deepcopy(client)):
@@ -90,12 +80,3 @@ def test_reprs_copies_and_pickles(client: RegoloClient, stub: Stub) -> None:
     loaded.rerank("q", ["a"])
     copy.deepcopy(client).rerank("q", ["a"])
     assert [request.headers.get("authorization") for request in stub.received] == [None, f"Bearer {KEY}"]
-
-
-def test_an_error_of_many(client: RegoloClient, stub: Stub) -> None:
-    """The same for errors that are returned."""
-    stub.always(Reply({"detail": f"no {KEY}"}, 400))
-
-    (failed,) = client.rerank_many([("q", ["a"])], return_exceptions=True)
-    assert isinstance(failed, RegoloError)
-    assert_clean(failed)

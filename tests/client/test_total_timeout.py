@@ -13,9 +13,10 @@ import pytest
 
 from regolo_rerank import APITimeoutError, RateLimitError, RegoloClient, RegoloError
 from tests.conftest import KEY
-from tests.support.faults import Fault, FaultServer, good, http, ranking, sends, stalls, trickles
-from tests.support.modes import Call
+from tests.support.faults import Fault, FaultServer, good, http, sends, stalls, trickles
+from tests.support.modes import Call, Many
 from tests.support.observed import soon
+from tests.support.stub import ranking
 
 REPLY = http(json.dumps(ranking({"documents": ["a"]})).encode())
 HEAD, _, BODY = REPLY.partition(b"\r\n\r\n")
@@ -59,17 +60,6 @@ def test_a_call_ends_in_time(call: Call, fault: str, requests: int) -> None:
             call(patient.rerank, "q", documents, total_timeout=0.3)
         with within(6), pytest.raises(RegoloError, match=r"total_timeout=0\.2"):
             call(patient.score, "q", documents, total_timeout=0.2)
-
-
-def test_a_wait_of_30_seconds_does_not_fit(call: Call) -> None:
-    """With 429 and `Retry-After: 30`, the refusal itself is raised at once."""
-    with (
-        FaultServer(usual=sends(http(b"{}", 429, retry_after="30"))) as server,
-        RegoloClient(KEY, base_url=server.url) as client,
-        within(6),
-        pytest.raises(RateLimitError, match="Another attempt in 30"),
-    ):
-        call(client.rerank, "q", ["a"], total_timeout=8.0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
@@ -157,33 +147,21 @@ def test_a_local_scorer_that_never_returns(call: Call) -> None:
     released.set()
 
 
-def silent_if_asked(server_needs: str = "silent") -> Fault:
-    """Return a fault that answers all requests but those with a word in the query."""
-
-    def fault(connection: Any, request: dict[str, Any]) -> Any:
-        return (stalls(b"", 30) if server_needs in request["query"] else good)(connection, request)
-
-    return fault
+def silent_if_asked(connection: Any, request: dict[str, Any]) -> Any:
+    """Answer all requests but those with "silent" in the query."""
+    return (stalls(b"", 30) if "silent" in request["query"] else good)(connection, request)
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 2])
 def test_each_pair_of_many_has_its_own_time(call: Call, max_concurrency: int) -> None:
     """Silent pairs end one by one, in their places, and the stuck workers of theirs hold no other pair back."""
     pairs = [("silent 0", ["a"]), ("q", ["b"]), ("silent 1", ["c"]), ("q", ["d"]), ("q", ["e"])]
-
-    async def consume(client: RegoloClient) -> list[Any]:
-        arguments: dict[str, Any] = {"max_concurrency": max_concurrency, "return_exceptions": True}
-        return [outcome async for outcome in client.arerank_many(pairs, **arguments)]
-
     with (
-        FaultServer(usual=silent_if_asked()) as server,
+        FaultServer(usual=silent_if_asked) as server,
         RegoloClient(KEY, base_url=server.url, total_timeout=1.5) as client,
         within(20),
     ):
-        if call.mode == "async":
-            outcomes = asyncio.run(consume(client))
-        else:
-            outcomes = list(client.rerank_many(pairs, max_concurrency=max_concurrency, return_exceptions=True))
+        outcomes = Many(call.mode)(client, pairs, max_concurrency=max_concurrency, return_exceptions=True)
     assert [type(outcome) is APITimeoutError for outcome in outcomes] == [True, False, True, False, False]
     assert [outcomes[0].index, outcomes[2].index] == [0, 2]
 
@@ -195,14 +173,8 @@ def test_the_clock_of_a_pair_starts_with_its_first_request(call: Call) -> None:
         time.sleep(0.3)
         return good(connection, request)
 
-    async def consume(client: RegoloClient) -> int:
-        return len([outcome async for outcome in client.arerank_many([("q", ["a"])] * 8, max_concurrency=1)])
-
     with FaultServer(usual=slow) as server, RegoloClient(KEY, base_url=server.url, total_timeout=2.0) as client:
-        if call.mode == "async":
-            assert asyncio.run(consume(client)) == 8
-        else:
-            assert len(list(client.rerank_many([("q", ["a"])] * 8, max_concurrency=1))) == 8
+        assert len(Many(call.mode)(client, [("q", ["a"])] * 8, max_concurrency=1)) == 8
 
 
 def test_a_failed_pair_makes_room_for_the_others(call: Call) -> None:
@@ -219,14 +191,7 @@ def test_a_failed_pair_makes_room_for_the_others(call: Call) -> None:
         return good(connection, request)
 
     pairs = [("q", ["slow", "BAD"]), ("q", ["a", "b"]), ("q", ["c", "d"])]
-    arguments: dict[str, Any] = {"max_concurrency": 2, "return_exceptions": True}
-
-    async def consume(client: RegoloClient) -> list[Any]:
-        return [outcome async for outcome in client.arerank_many(pairs, **arguments)]
-
     options: dict[str, Any] = {"batch_size": 1, "max_retries": 0}
     with FaultServer(usual=answer) as server, RegoloClient(KEY, base_url=server.url, **options) as client:
-        run = consume(client)
-        outcomes = asyncio.run(run) if call.mode == "async" else list(client.rerank_many(pairs, **arguments))
-        run.close()
+        outcomes = Many(call.mode)(client, pairs, max_concurrency=2, return_exceptions=True)
     assert [isinstance(outcome, RegoloError) for outcome in outcomes] == [True, False, False]

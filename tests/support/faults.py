@@ -13,7 +13,7 @@ from itertools import takewhile
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.stub import score
+from tests.support.stub import ranking
 
 Fault = Callable[[socket.socket, dict[str, Any]], object]
 """Answers one request (its connection, its JSON) in a wrong way; then it is closed, unless that gives True."""
@@ -24,16 +24,6 @@ def http(body: bytes, status: int = 200, **headers: str) -> bytes:
     fields = {"content_length": str(len(body)), "connection": "close", **headers}
     lines = [f"HTTP/1.1 {status} Status", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def ranking(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON of the right reply."""
-    ranked: list[dict[str, Any]] = [
-        {"index": index, "relevance_score": score(text), "document": {"text": text}}
-        for index, text in enumerate(request["documents"])
-    ]
-    ranked.sort(key=lambda result: -result["relevance_score"])
-    return {"id": "fault-1", "results": ranked[: request.get("top_n")], "meta": None}
 
 
 def good(connection: socket.socket, request: dict[str, Any]) -> bool:
@@ -77,29 +67,14 @@ def trickles(head: bytes, body: bytes, pause: float) -> Fault:
     return fault
 
 
-def endless_after(begin: bytes, status: int = 200, **headers: str) -> Fault:
-    """Send a body that begins so and never ends, until the client hangs up."""
+def endless(status: int) -> Fault:
+    """Send a body that never ends, until the client hangs up."""
 
     def fault(connection: socket.socket, _request: dict[str, Any]) -> None:
-        head = http(b"", status, transfer_encoding="chunked", **headers).replace(b"content-length: 0\r\n", b"")
-        connection.sendall(head + (b"%x\r\n" % len(begin) + begin + b"\r\n" if begin else b""))
+        connection.sendall(http(b"", status, transfer_encoding="chunked").replace(b"content-length: 0\r\n", b""))
         chunk = b"%x\r\n" % 65_536 + b" " * 65_536 + b"\r\n"
         while True:
             connection.sendall(chunk)
-
-    return fault
-
-
-endless = endless_after(b"")
-
-
-def changed(change: Callable[[dict[str, Any]], Any]) -> Fault:
-    """Send the right reply after a change; what `change` returns replaces it, unless that is None."""
-
-    def fault(connection: socket.socket, request: dict[str, Any]) -> None:
-        reply = ranking(request)
-        replaced = change(reply)
-        connection.sendall(http(json.dumps(reply if replaced is None else replaced).encode()))
 
     return fault
 

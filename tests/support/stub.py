@@ -61,19 +61,19 @@ def texts(count: int) -> list[str]:
     return [f"document {index} score={index / count}" for index in range(count)]
 
 
-def scored(request: Received) -> Reply:
-    """Answer as the service does, with `score` as the model."""
-    ranked = [
+def ranking(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON of the right reply, with `score` as the model."""
+    ranked: list[dict[str, Any]] = [
         {"index": index, "relevance_score": score(text), "document": {"text": text}}
-        for index, text in enumerate(request.documents)
+        for index, text in enumerate(request["documents"])
     ]
-    ranked.sort(key=lambda result: -float(result["relevance_score"]))  # type: ignore[arg-type]
-    return Reply({"id": "stub-1", "results": ranked[: request.json.get("top_n")], "meta": None})
+    ranked.sort(key=lambda result: -result["relevance_score"])
+    return {"id": "stub-1", "results": ranked[: request.get("top_n")], "meta": None}
 
 
-def over_parallel_limit(limit: int) -> Reply:
-    """Return the gateway's refusal of a request that is one too many in flight."""
-    return error(f"Limit type: max_parallel_requests. Current limit: {limit}", 429, retry_after_ms=None)
+def scored(request: Received) -> Reply:
+    """Answer as the service does."""
+    return Reply(ranking(request.json))
 
 
 def together(count: int) -> Callable[[Received], Reply]:

@@ -15,6 +15,7 @@ from regolo_rerank import (
     BadRequestError,
     ContextLengthError,
     InvalidInputError,
+    NotFoundError,
     PromptFormat,
     RerankResponse,
     RerankWarning,
@@ -24,7 +25,7 @@ from regolo_rerank import (
 from regolo_rerank._call import Batch, Call
 from regolo_rerank._passages import split_passages
 from regolo_rerank.cache import QueryCache
-from tests.unit.calls import answer, begin, cases, join_surrogates, rank, reply_of, results_of, score_of
+from tests.unit.calls import URL, answer, begin, cases, join_surrogates, rank, reply_of, results_of, score_of
 from tests.unit.conftest import Clock
 
 Pairs = list[tuple[int, float]]
@@ -272,6 +273,15 @@ def test_a_reply_must_rank_every_document_once(scores: Pairs, problem: str) -> N
     assert not call.is_finished
     call.accept(batch, reply_of(results_of((0, 0.1), (1, 0.2))))
     assert pairs(call.response()) == [(1, 0.2), (0, 0.1)]
+
+
+def test_an_error_names_the_address_and_the_model_of_its_call() -> None:
+    """Both are those of its settings."""
+    call = begin(["a"], model="m")
+    with pytest.raises(NotFoundError, match=f"No rerank endpoint at {URL}: check base_url"):
+        call.accept(call.batches[0], reply_of("", 404))
+    with pytest.raises(APIResponseError, match="'m' was requested, and another model answered"):
+        call.accept(call.batches[0], reply_of(results_of((0, 0.5)), headers={"x-litellm-attempted-fallbacks": "1"}))
 
 
 def test_with_top_n_a_reply_may_be_shorter() -> None:

@@ -186,8 +186,9 @@ def full_options(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", [Options, RegoloClient, *ADAPTERS])
 def test_a_pickle_has_the_options_without_the_key(kind: Any) -> None:
     """Key, cache and HTTP clients stay here; "" is no key but a decision, and is kept."""
+    own = {"on_error": "return_input"} if kind in ADAPTERS else {}
     with httpx.Client() as mine:
-        original = kind(**full_options(http_client=mine, cache={}, scorer=scores_of, base_url="local://"))
+        original = kind(**full_options(http_client=mine, cache={}, scorer=scores_of, base_url="local://", **own))
         data = pickle.dumps(original)
     assert KEY.encode() not in data
     restored = pickle.loads(data)  # noqa: S301 - our own bytes
@@ -196,6 +197,7 @@ def test_a_pickle_has_the_options_without_the_key(kind: Any) -> None:
     assert (options.top_n, options.scorer, options.api_key) == (3, scores_of, None)
     assert (options.http_client, options.cache) == (None, None)
     assert options.prompt_format.document == "D {document}"
+    assert {name: getattr(options, name) for name in own} == own
     assert "timeout" not in options.model_fields_set
     keyless = pickle.loads(pickle.dumps(kind(api_key="")))  # noqa: S301 - our own bytes
     assert getattr(keyless, "options", keyless).api_key == SecretStr("")

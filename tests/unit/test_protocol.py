@@ -22,7 +22,7 @@ from regolo_rerank import (
 )
 from regolo_rerank._protocol import Ranking, Reply, encode, read_reply, replace_surrogates, request_id_of
 from regolo_rerank.errors import error_for_status
-from tests.unit.calls import URL, begin, cases, join_surrogates, rank, reply_of, results_of, score_of
+from tests.unit.calls import URL, begin, cases, join_surrogates, rank, reply_of, results_of
 
 MODEL = "Qwen3-Reranker-4B"
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -548,14 +548,3 @@ def test_any_reply_is_read_or_an_error_of_ours(body: Any, status: int, headers: 
     else:
         assert status < 300
         assert all(math.isfinite(score.value) for score in ranking.scores)
-
-
-@given(st.lists(WORDS, min_size=1, max_size=6, unique_by=join_surrogates))
-@cases(100)
-def test_any_texts_come_back_as_themselves(texts: list[str]) -> None:
-    """Unicode of any kind, lone surrogates included, is sent and ranked, and its echo is accepted."""
-    call = begin(texts)
-    (batch,) = call.batches
-    call.accept(batch, reply_of(rank(json.loads(call.request_body(batch)))))
-    expected = sorted(((-score_of(join_surrogates(text)), index) for index, text in enumerate(texts)))
-    assert [(-result.relevance_score, result.index) for result in call.response()] == expected
