@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, Final, Self
 
 from regolo_rerank._passages import split_passages
-from regolo_rerank._protocol import Ranking, Reply, encode, invalid_reply, read_reply, replace_surrogates
+from regolo_rerank._protocol import Ranking, Reply, encode, invalid_reply, read_reply
 from regolo_rerank.cache import QueryCache
 from regolo_rerank.errors import (
     APIResponseError,
@@ -211,7 +211,7 @@ class Call:
             position_of = {text: position for position, text in enumerate(stripped)}
             for position in strange:
                 other = position_of.get(echoes[position].strip(), position)
-                if replace_surrogates(stripped[other]) != replace_surrogates(stripped[position]):
+                if stripped[other] != stripped[position]:
                     return f"document {position} has the text of document {other}"
         return None
 
@@ -233,10 +233,10 @@ class Call:
         if len(self._query) > length:
             return f"The longest text is the query with {len(self._query)} characters: shorten it"
         index = self._position_of.index(position) if position in self._position_of else self._find_split(position)
+        split = "" if options.long_documents == "split" else ", and long_documents='split' to score all of it"
         return (
             f"The longest text is documents[{index}] with {len(self._document_texts[index])} characters: set "
-            f"{'a lower ' if options.max_document_chars else ''}max_document_chars, and long_documents='split' to "
-            f"score all of it"
+            f"{'a lower ' if options.max_document_chars else ''}max_document_chars{split}"
         )
 
     def _find_split(self, position: int) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 __all__ = ["loading", "opening"]
 
 opening: Final = threading.RLock()
-"""Held while httpx clients are opened and closed; reentrant, as garbage collection may close some at any point."""
+"""Held while httpx clients are opened and lists of them change; reentrant, as garbage collection may close some."""
 loading: Final = threading.RLock()
 """Held while the offline scorer loads its model."""
 

@@ -53,7 +53,8 @@ class Connections:
     def __init__(self) -> None:
         self._start_process()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
-        # Refers to the connections until this object is gone: in a reference cycle they would go first, unclosed.
+        # Keeps the pools alive as long as this object. In a reference cycle, garbage collection could otherwise
+        # destroy the httpx clients before they are closed.
         weakref.finalize(self, self._loops.clear).atexit = False
         # Created at most once for each object, because it takes 20 ms. A new object sees a changed SSL_CERT_FILE.
         self._tls_context = functools.cache(_create_tls_context)
@@ -227,7 +228,7 @@ def _open_async_client(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLCont
 
 
 def _client_options(endpoint: Endpoint, tls_context: Callable[[], ssl.SSLContext]) -> dict[str, Any]:
-    # A connection would load this codec. A fork waits while clients are opened, but not while they connect.
+    # Connecting imports this codec. It is imported here, under the lock that a fork waits for.
     import encodings.idna  # noqa: F401 - only to be loaded
 
     import httpx

@@ -28,7 +28,6 @@ __all__ = [
     "encode",
     "invalid_reply",
     "read_reply",
-    "replace_surrogates",
     "request_id_of",
 ]
 

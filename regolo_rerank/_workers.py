@@ -1,8 +1,8 @@
 """The drivers of calls: the caller's own thread, worker threads, and tasks.
 
-A sync call with a single request sends it where the caller is. A sync call with several requests, and `rerank_many`,
-keep a queue of batches and at most `max_concurrency` threads, and each thread drives the retry loop of one batch after
-the other. Async calls start a task for each batch, and a semaphore lets `max_concurrency` of them run.
+A sync call with a single request sends it in the caller's thread. Other sync calls, and `rerank_many`, keep a queue of
+batches and at most `max_concurrency` threads, and each thread drives the retry loop of one batch after the other. Async
+calls start a task for each batch, and a semaphore lets `max_concurrency` of them run.
 
 A task can be cancelled, but a thread cannot. The caller waits for threads until `total_timeout` expires or Ctrl-C is
 pressed, whatever they are doing. One that is left behind is a daemon thread, and ends with its request.

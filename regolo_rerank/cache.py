@@ -43,9 +43,9 @@ class SQLiteCache(MutableMapping[str, float]):
         self._connect()
 
     def _connect(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._pid = os.getpid()
         weakref.finalize(self, self._database.close)
         self._execute("PRAGMA journal_mode = WAL")
         self._execute("PRAGMA synchronous = NORMAL")

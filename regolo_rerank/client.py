@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import threading
 from collections.abc import (
     AsyncGenerator,
@@ -104,7 +105,7 @@ class RegoloClient:
         'Beijing is the capital of China.'
     """
 
-    __slots__ = ("__weakref__", "_cache_lock", "_connections", "_options", "_pauses")
+    __slots__ = ("__weakref__", "_cache_locks", "_connections", "_options", "_pauses")
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class RegoloClient:
         self._options = Options(**{k: value for k, value in arguments.items() if not isinstance(value, _Default)})
         self._connections = Connections()
         self._pauses: dict[tuple[str, SecretStr | None], Pause] = {}
-        self._cache_lock = threading.Lock()
+        self._cache_locks: dict[int, threading.Lock] = {}  # by process: a fork may copy a lock that is held
 
     @property
     def options(self) -> Options:
@@ -159,7 +160,7 @@ class RegoloClient:
         copy._options = options if options and not changes else (options or self._options).model_copy(update=changes)
         copy._connections = self._connections
         copy._pauses = self._pauses
-        copy._cache_lock = self._cache_lock
+        copy._cache_locks = self._cache_locks
         return copy
 
     @overload
@@ -445,7 +446,7 @@ class RegoloClient:
             return None
         return QueryCache(
             options.cache,
-            self._cache_lock,
+            self._cache_locks.setdefault(os.getpid(), threading.Lock()),
             settings.endpoint.url,
             options.model,
             sorted((name, value) for name, value in settings.fields.items() if name != "disable_fallbacks"),

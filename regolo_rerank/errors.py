@@ -50,7 +50,8 @@ class RegoloError(Exception):
 
     Attributes:
         index (int | None): Position of the failed pair in `rerank_many`, from 0, or None in other calls.
-        retryable (bool): Whether the same request may succeed later. The client has already retried it.
+        retryable (bool): Whether the same request may succeed later. The client retries it as far as `max_retries` and
+            `total_timeout` allow.
     """
 
     index: int | None = None
@@ -134,13 +135,13 @@ class NotFoundError(APIStatusError):
 
 
 class RateLimitError(APIStatusError):
-    """429: too many requests, even after the retries. Every request counts, retries included."""
+    """429: too many requests. Every request counts, retries included."""
 
     retryable = True
 
 
 class ServerError(APIStatusError):
-    """408 or 5xx: the server failed or timed out, even after the retries."""
+    """408 or 5xx: the server failed or timed out."""
 
     retryable = True
 

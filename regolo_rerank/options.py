@@ -187,16 +187,17 @@ class Options(BaseModel):
     `Qwen3-Reranker*`. A blank document never passes."""
 
     timeout: Seconds = 60.0
-    """Seconds per attempt, from connecting to the last byte of the reply. Connecting to one address of the host may
-    take at most 5 of them. In sync calls it limits each network operation, and the time until the body is complete."""
+    """Seconds per attempt, from connecting to the last byte of the reply. In sync calls it limits each network
+    operation: connecting to one address of the host takes at most 5 seconds, and a body that arrives in small pieces
+    may take up to twice as long."""
 
     total_timeout: Seconds | None = 90.0
     """Seconds for a whole call: all requests, retries and waits. None means no limit. In a sync call with a single
-    request, it limits each network operation: the lookup of the host name and slow headers may take longer."""
+    request it limits connecting, sending and each read, but not the lookup of the host name."""
 
     max_retries: Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=0)] = 3
-    """Further attempts per request, at least 0. Refusals because of too many parallel requests do not count within
-    `total_timeout`."""
+    """Further attempts per request, at least 0. Refusals because of too many parallel requests are not counted if
+    `total_timeout` is set."""
 
     batch_size: Count = 100
     """Maximum number of documents per request."""
@@ -361,7 +362,8 @@ class Settings:
         key: The API key to send, or None to send none.
         prompt_format: The format that `prompt_format` selects.
         fields: Fields of each request in addition to model, query, documents and top_n.
-        timeout: Seconds per attempt, or None if the caller's own client or only `total_timeout` limits it.
+        timeout: Seconds per attempt. None for `local://`, and for a caller's own client without the option `timeout`:
+            then only that client and `total_timeout` set limits.
     """
 
     options: Options

@@ -86,7 +86,10 @@ def test_the_metadata_key_can_have_another_name(rerank: Rerank, adapter: Adapter
 
 
 def test_a_split_document_is_returned_whole_with_its_best_passage(rerank: Rerank, adapter: Adapter, stub: Stub) -> None:
-    """The metadata of a long document names the passage that its score is from. A short one has no such key."""
+    """The metadata of a long document names the passage that its score is from.
+
+    Without a passage, as for a short document, there is no such key, not even an earlier one.
+    """
     adapter.max_document_chars, adapter.long_documents = 32, "split"
     long = "Nothing here, score=0.1 only. The answer, score=0.8 that is. The end, score=0.2 it is."
     short, kept = rerank(adapter, items_for(adapter, ["b score=0.9", long]))
@@ -95,3 +98,6 @@ def test_a_split_document_is_returned_whole_with_its_best_passage(rerank: Rerank
     assert long[start:end].strip() == "The answer, score=0.8 that is."
     assert "relevant_passage" not in metadata_of(short)
     assert max(len(text) for texts in stub.documents for text in texts) <= 32
+    adapter.long_documents = "cut"
+    (again,) = rerank(adapter, [kept])
+    assert "relevant_passage" not in metadata_of(again)

@@ -98,3 +98,35 @@ def test_a_fork_while_another_thread_makes_its_first_call(stub: Stub, delay: flo
         [],
     )
     assert time.monotonic() - started < 20
+
+
+CACHE = """
+import os, signal, threading, time
+from regolo_rerank import RegoloClient
+
+reading = threading.Event()
+
+class Slow(dict):
+    def get(self, key):
+        reading.set()
+        time.sleep(0.3)
+
+client = RegoloClient(base_url="local://", cache=Slow())
+thread = threading.Thread(target=lambda: client.rerank("question", ["one text"]))
+thread.start()
+reading.wait(10)
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    client.rerank("question", ["another text"])
+    os._exit(0)
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_while_another_thread_reads_the_cache() -> None:
+    """The child does not wait for a lock that nobody in its process holds."""
+    pytest.importorskip("safetensors")
+    process = own_process(CACHE, stdout=-1, stderr=-1)
+    assert process.communicate(timeout=30)[0] == "0\n"

@@ -18,7 +18,7 @@ from tests.conftest import KEY
 from tests.support.faults import FaultServer, good, http, sends, stalls
 from tests.support.modes import Call
 from tests.support.observed import asoon, own_process, slowly, sockets, soon
-from tests.support.stub import Stub, error, pairs, texts
+from tests.support.stub import Reply, Stub, error, pairs, scored, texts
 
 REFUSED = sends(http(b"{}", 429, retry_after="20"))
 
@@ -44,6 +44,27 @@ async def test_a_cancelled_call_leaves_nothing(fault: Any, batch_size: int) -> N
             assert len(server.received) == sent + 1
     gc.collect()
     assert await asoon(lambda: sockets() <= before + 1)  # the listener
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_cancelled_call_keeps_the_scores_that_are_paid(stub: Stub, *, many: bool) -> None:
+    """The cache has the scores of the requests that were answered."""
+    stub.reply = lambda request: Reply(scored(request).body, delay=20 if "slow" in request.documents[0] else 0)
+    cache: dict[str, float] = {}
+    documents = ["a score=0.1", "b score=0.2", "slow"]
+    async with RegoloClient(KEY, base_url=stub.url, batch_size=1, cache=cache) as client:
+
+        async def consume() -> None:
+            async for _ in client.arerank_many([("q", documents)]):
+                pass
+
+        call = asyncio.create_task(consume() if many else client.arerank("q", documents))
+        assert await asoon(lambda: len(stub.received) == 3 and stub.at_once == 1)
+        await asyncio.sleep(0.1)  # let the client read the replies
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    assert sorted(cache.values()) == [0.1, 0.2]
 
 
 @pytest.mark.anyio

@@ -108,14 +108,20 @@ def test_hooks_see_every_request_and_reply(call: Call, library: Any, stub: Stub)
     assert [str(url) for url in seen] == [f"{stub.url}/rerank"] * 2
 
 
-def test_an_error_of_a_hook_is_the_callers(call: Call, library: Any, stub: Stub) -> None:
+@pytest.mark.parametrize("options", [{}, {"timeout": 20.0}], ids=["in a thread", "in the caller's"])
+@pytest.mark.parametrize("error", [LookupError, StopIteration])
+def test_an_error_of_a_hook_is_the_callers(
+    call: Call, library: Any, stub: Stub, error: type[Exception], options: dict[str, Any]
+) -> None:
     """It comes out as it is, and nothing is retried."""
 
     def hook(_: Any) -> None:
-        raise LookupError("mine")
+        raise error("mine")
 
-    with pytest.raises(LookupError, match="mine"):
-        rank(call, library, hooks(call, "request", hook), base_url=stub.url)
+    if call.mode == "async" and error is StopIteration:
+        pytest.skip("a coroutine cannot raise it")
+    with pytest.raises(error):
+        rank(call, library, hooks(call, "request", hook), base_url=stub.url, **options)
     assert not stub.received
 
 
