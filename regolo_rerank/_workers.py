@@ -23,9 +23,7 @@ from typing import Any, Final
 
 from regolo_rerank._call import Batch, Call
 from regolo_rerank._http import Connections
-from regolo_rerank._protocol import Reply
-from regolo_rerank._retries import Pause, Send, Sleep, attempts
-from regolo_rerank.errors import RegoloError
+from regolo_rerank._retries import Pause, Sleep, attempts
 
 __all__ = ["TasksInOrder", "run", "run_async", "run_in_order"]
 
@@ -76,7 +74,11 @@ async def run_async(call: Call, connections: Connections, pause: Pause, slots: a
 def _drive(call: Call, batch: Batch, connections: Connections, pause: Pause, sleep: Callable[[float], object]) -> None:
     """Do what the retry loop of a batch asks for."""
     steps, outcome = attempts(call, batch, pause), None
-    while (step := _next(steps, outcome)) is not None:
+    while True:
+        try:
+            step = steps.send(outcome)
+        except StopIteration:
+            return
         if isinstance(step, Sleep):
             outcome = None
             sleep(step.seconds)
@@ -87,22 +89,16 @@ def _drive(call: Call, batch: Batch, connections: Connections, pause: Pause, sle
 async def _drive_async(call: Call, batch: Batch, connections: Connections, pause: Pause) -> None:
     """Do what the retry loop of a batch asks for."""
     steps, outcome = attempts(call, batch, pause), None
-    while (step := _next(steps, outcome)) is not None:
+    while True:
+        try:
+            step = steps.send(outcome)
+        except StopIteration:
+            return
         if isinstance(step, Sleep):
             outcome = None
             await asyncio.sleep(step.seconds)
         else:
             outcome = await connections.apost(call.settings, step.body, step.seconds)
-
-
-def _next(
-    steps: Generator[Send | Sleep, Reply | RegoloError | None], outcome: Reply | RegoloError | None
-) -> Send | Sleep | None:
-    """Return the next step of a retry loop, or None at its end."""
-    try:
-        return steps.send(outcome)
-    except StopIteration:
-        return None
 
 
 _Job = tuple[Call, Batch]
