@@ -1,7 +1,7 @@
 """Locks that a fork waits for.
 
-A fork while another thread opens HTTP clients or loads the offline scorer would copy half-finished imports to the
-child, where they would stay half-finished.
+If a process forked while another thread opens HTTP clients or loads the offline scorer, the child would get
+half-finished imports that nothing completes.
 """
 
 import os

@@ -17,10 +17,9 @@ _SPACE: Final = re.compile(r"\s+")
 def split_passages(text: str, max_chars: int) -> list[tuple[int, int]]:
     """Return `(start, end)` of overlapping passages that together cover a text.
 
-    Each passage is as long as `max_chars` allows. It ends at the last sentence end in its second half. If there is
-    none, it ends at the last space there. If there is none, it has `max_chars` characters. The next passage starts at
-    the first sentence or word in the last tenth of this one. If there is none, it starts at the beginning of that
-    tenth.
+    Each passage is as long as `max_chars` allows. It ends at the last sentence end in its second half, otherwise at the
+    last space there, otherwise after `max_chars` characters. The next passage starts at the first sentence or word in
+    the last tenth of this one, otherwise at the beginning of that tenth.
 
     Args:
         text: The text.

@@ -5,7 +5,7 @@ batches and at most `max_concurrency` threads, and each thread drives the retry 
 calls start a task for each batch, and a semaphore lets `max_concurrency` of them run.
 
 A task can be cancelled, but a thread cannot. The caller waits for threads until `total_timeout` expires or Ctrl-C is
-pressed, whatever they are doing. One that is left behind is a daemon thread, and ends with its request.
+pressed, even if they are stuck. A thread that is left behind is a daemon, and ends with its request.
 
 An example, with three batches and `max_concurrency=2`: threads 1 and 2 take batches A and B. Thread 1 gets its reply,
 takes batch C, and C fails for good. The call ends with that error, and the caller raises it. Thread 2 is still in its
