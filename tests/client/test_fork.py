@@ -49,7 +49,7 @@ def test_a_forked_process_has_its_own_connections(stub: Stub, batch_size: int) -
         assert pairs(client.rerank("q", texts(3))) == EXPECTED
         before = stub.connections
         assert fork(rank_and_close) == 0
-        assert stub.connections > before
+        assert stub.connections >= before + 2  # one for its sync call, one for its async call
         before = stub.connections
         assert pairs(client.rerank("q", texts(3))) == EXPECTED
         # Of three concurrent requests, more may be in progress at the same time than before.
