@@ -449,7 +449,7 @@ class RegoloClient:
             self._cache_locks.setdefault(os.getpid(), threading.Lock()),
             settings.endpoint.url,
             options.model,
-            sorted((name, value) for name, value in settings.fields.items() if name != "disable_fallbacks"),
+            sorted(settings.fields.items()),
             prompt_format.document,
             prompt_format.escape,
             prompt_format.format_query(query, options.instruction),

@@ -133,7 +133,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
                     payload={EventPayload.NODES: list(run.kept), EventPayload.ADDITIONAL_KWARGS: run.outcome.report}
                 )
         except BaseException as error:
-            run.kept, run.outcome = [], Outcome(None, report_failure(error, fallback=False))
+            run.outcome = Outcome(None, report_failure(error, fallback=False))
             raise
         finally:
             _openinference.show_report(run.outcome.report)
