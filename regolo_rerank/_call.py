@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, Final, Self
 
 from regolo_rerank._passages import split_passages
-from regolo_rerank._protocol import Ranking, Reply, encode, invalid_reply, read_reply
+from regolo_rerank._protocol import Ranking, Reply, encode, invalid_reply, read_reply, replace_surrogates
 from regolo_rerank.cache import QueryCache
 from regolo_rerank.errors import (
     APIResponseError,
@@ -183,7 +183,7 @@ class Call:
         self._rankings[batch] = replace(ranking, scores=[])  # which are in `_scores` now
 
     def _find_problem(self, batch: Batch, ranking: Ranking) -> str | None:
-        """Return what is wrong with a ranking: every document that was asked for must be in it, once and as itself."""
+        """Return the problem of a ranking, or None. Each requested document must occur once, with its own text."""
         count, wanted = len(batch), self._wanted(batch)
         found: set[int] = set()
         echoes: dict[int, str] = {}
@@ -200,9 +200,9 @@ class Call:
         return self._find_swapped(batch, echoes) if echoes else None
 
     def _find_swapped(self, batch: Batch, echoes: dict[int, str]) -> str | None:
-        """Return what is wrong if the text of a result is that of another document.
+        """Return the problem if a result has the text of another document.
 
-        A text may differ from the sent one in another way, for example without the tags.
+        Other differences are allowed, such as missing tags.
         """
         sent = self._document_strings([batch[position] for position in echoes])
         strange = [position for position, text in zip(echoes, sent, strict=True) if echoes[position] != text]
@@ -211,7 +211,7 @@ class Call:
             position_of = {text: position for position, text in enumerate(stripped)}
             for position in strange:
                 other = position_of.get(echoes[position].strip(), position)
-                if stripped[other] != stripped[position]:
+                if replace_surrogates(stripped[other]) != replace_surrogates(stripped[position]):
                     return f"document {position} has the text of document {other}"
         return None
 
@@ -247,7 +247,7 @@ class Call:
 
     @classmethod
     def rejected(cls, settings: Settings, error: RegoloError) -> Self:
-        """Return a call without requests that has failed."""
+        """Return a failed call for a wrong pair. `fail` would not do: a call without requests is finished."""
         call = cls(settings, "", [], [])
         call._failure = error
         return call

@@ -1,7 +1,7 @@
 """Locks that a fork waits for.
 
-If a process forked while another thread opens HTTP clients or loads the offline scorer, the child would get
-half-finished imports that nothing completes.
+If a process forked while another thread opens HTTP clients or loads the offline scorer, the child would inherit imports
+that never finish.
 """
 
 import os
@@ -11,7 +11,8 @@ from typing import Final
 __all__ = ["loading", "opening"]
 
 opening: Final = threading.RLock()
-"""Held while httpx clients are opened and lists of them change; reentrant, as garbage collection may close some."""
+"""Held while httpx clients are opened and lists of them change; reentrant, because garbage collection may close
+some at any point."""
 loading: Final = threading.RLock()
 """Held while the offline scorer loads its model."""
 

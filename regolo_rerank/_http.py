@@ -36,7 +36,7 @@ REQUESTS_PER_CLIENT: Final = 2
 """Concurrent requests of one httpx client. With more its pool becomes slow (encode/httpcore#1035)."""
 KEEPALIVE_SECONDS: Final = 60.0
 CONNECT_SECONDS: Final = 5.0
-"""Maximum time of a sync call to connect to one address of a host: there may be several, tried one by one."""
+"""Maximum time of a sync call to connect to one address. A host may have several, which are tried one by one."""
 _REQUEST_ID_PREFIX: Final = "regolo_rerank-"
 
 C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
@@ -46,8 +46,8 @@ class Connections:
     """HTTP connections that a client shares with its copies, opened when needed, per process and event loop.
 
     Requests are spread over several httpx clients. After a timeout or a lost connection, none of them gets new
-    requests, so that a retry always opens a new connection: all others may be dead too, for example after a node
-    behind a load balancer has disappeared.
+    requests. A retry then opens a new connection, because the others may be dead too, for example after a node behind
+    a load balancer has disappeared.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Connections:
         self._tls_context = functools.cache(_create_tls_context)
 
     def _start_process(self) -> None:
-        """Start without connections: after a fork they are the parent's."""
+        """Start without connections. After a fork, the old ones belong to the parent."""
         self._pools: dict[Endpoint, _Pool[httpx.Client]] = {}
         self._pid = os.getpid()
         weakref.finalize(self, _close_pools, self._pools, self._pid)
@@ -73,6 +73,9 @@ class Connections:
             body: The JSON of the request.
             seconds: Time limit of each network operation, and of the whole body. The caller's own client has its own
                 limits unless the option `timeout` is given.
+
+        Raises:
+            APIConnectionError: The proxies or certificates in the environment cannot be used.
         """
         if settings.options.http_client is not None:
             return _send(settings.options.http_client, settings, body, seconds)
@@ -256,7 +259,9 @@ def _create_tls_context() -> ssl.SSLContext:
 def _send(client: "httpx.Client", settings: Settings, body: bytes, seconds: float | None) -> Reply | RegoloError:
     started = time.monotonic()
     try:
-        request = _build_request(client, settings, body, seconds)
+        # Connect, read, write, and wait for a free connection.
+        limits = None if seconds is None else (min(seconds, CONNECT_SECONDS), seconds, seconds, seconds)
+        request = _build_request(client, settings, body, limits)
         response = client.send(request, **_send_options(settings))
         try:
             reader = _ReplyReader(response, settings, started)
@@ -281,7 +286,7 @@ async def _asend(
     started = time.monotonic()
     try:
         async with asyncio.timeout(seconds):
-            request = _build_request(client, settings, body, None)  # `seconds` limits everything already
+            request = _build_request(client, settings, body, None)  # `seconds` limits the whole attempt already
             response = await client.send(request, **_send_options(settings))
             try:
                 reader = _ReplyReader(response, settings, started)
@@ -299,7 +304,7 @@ async def _asend(
 
 
 def _build_request(
-    client: "httpx.Client | httpx.AsyncClient", settings: Settings, body: bytes, seconds: float | None
+    client: "httpx.Client | httpx.AsyncClient", settings: Settings, body: bytes, timeout: tuple[float, ...] | None
 ) -> "httpx.Request":
     headers = {
         "accept": "application/json",
@@ -309,10 +314,7 @@ def _build_request(
         **dict.fromkeys(REQUEST_ID_HEADERS, f"{_REQUEST_ID_PREFIX}{uuid.uuid4().hex}"),
         **(settings.options.default_headers or {}),
     }
-    own: dict[str, Any] = {}
-    if settings.timeout is not None:
-        # Connect, read, write, and wait for the pool.
-        own["timeout"] = None if seconds is None else (min(seconds, CONNECT_SECONDS), seconds, seconds, seconds)
+    own: dict[str, Any] = {} if settings.timeout is None else {"timeout": timeout}
     if settings.options.scorer is not None:
         own["extensions"] = {"regolo_rerank.scorer": settings.options.scorer}
     if settings.key is not None:

@@ -19,9 +19,9 @@ def show_inputs(run: Any, query: str, documents: Sequence[Any], model: str, top_
 
 
 def show_outputs(run: Any, documents: Sequence[Any], scores: list[float] | None, **report: Any) -> None:
-    """Add the outputs of a LangChain run to its span, and the tokens to the run.
+    """Add the outputs of a LangChain run to its span.
 
-    They go where LangChain's own models put them, so that LangSmith counts them.
+    Add the tokens to the run itself, where LangChain's own models put them, so that LangSmith counts them.
     """
     _show(run, _attributes(report), output_documents=_describe(documents, scores))
     tokens = (report["usage"] or {}).get("total_tokens")

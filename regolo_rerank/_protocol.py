@@ -28,6 +28,7 @@ __all__ = [
     "encode",
     "invalid_reply",
     "read_reply",
+    "replace_surrogates",
     "request_id_of",
 ]
 

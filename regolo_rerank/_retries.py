@@ -40,7 +40,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Wait, at most until the call is done.
+    """Wait. A worker thread stops waiting when its call ends.
 
     Attributes:
         seconds: The time to wait.

@@ -1,11 +1,12 @@
 """The drivers of calls: the caller's own thread, worker threads, and tasks.
 
-A sync call with a single request sends it in the caller's thread. Other sync calls, and `rerank_many`, keep a queue of
-batches and at most `max_concurrency` threads, and each thread drives the retry loop of one batch after the other. Async
-calls start a task for each batch, and a semaphore lets `max_concurrency` of them run.
+The caller's thread sends the only request of a sync call, if the request has a time limit. Other sync calls and
+`rerank_many` put batches into a queue, and `max_concurrency` threads work on it: each drives the retry loop of one
+batch after the other. An async call with several batches starts a task for each, and a semaphore lets
+`max_concurrency` of them send.
 
-A task can be cancelled, but a thread cannot. The caller waits for threads until `total_timeout` expires or Ctrl-C is
-pressed, even if they are stuck. A thread that is left behind is a daemon, and ends with its request.
+A task can be cancelled, a thread cannot. So the caller stops waiting at `total_timeout` or Ctrl-C, even if a thread is
+stuck. A thread that is left behind is a daemon, and ends with its request.
 
 An example, with three batches and `max_concurrency=2`: threads 1 and 2 take batches A and B. Thread 1 gets its reply,
 takes batch C, and C fails for good. The call ends with that error, and the caller raises it. Thread 2 is still in its
@@ -16,7 +17,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Final
@@ -47,28 +48,58 @@ def run(call: Call, connections: Connections, pause: Pause) -> None:
         threads.stop([call])  # after Ctrl-C the workers send nothing more
 
 
-async def run_async(call: Call, connections: Connections, pause: Pause, slots: asyncio.Semaphore) -> None:
-    """Send the batches of one call, each as soon as there is a slot, and wait until the call is done."""
+async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
+    """Send the batches of one call, and wait until it is done.
+
+    Raises:
+        RegoloError: The only request failed. With several requests, `call.response()` raises.
+    """
+    if len(call.batches) == 1:  # needs no further task
+        await _drive_async(call, call.batches[0], connections, pause)
+        call.keep_scores()
+        return
+    slots = asyncio.Semaphore(call.settings.options.max_concurrency)
+    await _finish(call, _start(call, connections, pause, slots))
+
+
+def _start(call: Call, connections: Connections, pause: Pause, slots: asyncio.Semaphore) -> list[asyncio.Task[None]]:
+    """Start a task for each batch. It waits for a slot: first come, first served."""
 
     async def send(batch: Batch) -> None:
-        async with slots:
-            await _drive_async(call, batch, connections, pause)
+        try:
+            async with slots:
+                await _drive_async(call, batch, connections, pause)
+        except BaseException as error:
+            call.fail(error)
+            # At the end of `total_timeout` the other requests of the call are ending by themselves. Cancelling them in
+            # that moment could leave their connections open.
+            if call.seconds_left() != 0.0:
+                for task in tasks:
+                    if task is not asyncio.current_task():
+                        task.cancel()
+            if not isinstance(error, Exception):  # this task was cancelled
+                raise
 
-    tasks: list[asyncio.Task[None]] = []
+    tasks = [asyncio.create_task(send(batch)) for batch in call.batches]
+    return tasks
+
+
+async def _finish(call: Call, tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for the tasks of a call, and keep its scores. If the caller is cancelled, they are cancelled too."""
     try:
-        if len(call.batches) == 1:  # needs no further task
-            await send(call.batches[0])
-        else:
-            tasks = [asyncio.create_task(send(batch)) for batch in call.batches]
-            await asyncio.gather(*tasks)
-    except Exception as error:  # noqa: BLE001 - raised by `Call.response`
-        call.fail(error)
+        if tasks:
+            await asyncio.wait(tasks)
     finally:
-        if tasks and call.seconds_left() == 0.0:
-            # The other requests are ending by themselves. To cancel them now could leave their connections open.
-            await asyncio.wait(tasks, timeout=1.0)
-        await _cancel(tasks)
-        call.keep_scores()
+        try:
+            await _cancel(tasks)
+        finally:
+            call.keep_scores()
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _drive(call: Call, batch: Batch, connections: Connections, pause: Pause, sleep: Callable[[float], object]) -> None:
@@ -107,7 +138,7 @@ _Job = tuple[Call, Batch]
 class _Threads:
     """Drives calls in daemon threads, first come, first served, in a copy of the caller's context.
 
-    A thread may still be in a request after its call has ended. Its caller has stopped waiting, so it does not count.
+    A thread may still be in a request after its call has ended. Such a thread is not counted as busy.
     """
 
     def __init__(self, max_workers: int, connections: Connections, pause: Pause) -> None:
@@ -142,7 +173,7 @@ class _Threads:
         self._start_workers()
 
     def stop(self, calls: Iterable[Call]) -> None:
-        """End calls without starting others, and keep the scores that are there: their requests are paid."""
+        """End calls without starting others. Keep the scores that have arrived, because their requests are paid."""
         with self._changed:
             for call in calls:
                 call.fail(GeneratorExit())
@@ -160,7 +191,7 @@ class _Threads:
             thread = threading.Thread(target=context.run, args=(self._work, job), name="regolo_rerank", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the system allows no further thread, so the caller's does the work
+            except RuntimeError:  # the system cannot start another thread, so this one does the work
                 context.run(self._work, job)
 
     def _take(self) -> _Job | None:
@@ -200,6 +231,7 @@ def run_in_order(calls: Iterator[Call], max_workers: int, connections: Connectio
 
     def take_first() -> Call:
         threads.wait(pending[0])
+        pending[0].keep_scores()
         return pending.popleft()
 
     try:
@@ -213,7 +245,8 @@ def run_in_order(calls: Iterator[Call], max_workers: int, connections: Connectio
                 break
             pending.append(call)
             threads.submit(call)
-            # Reading more pairs keeps the workers busy. Finished calls come first, because the source may be slow.
+            # Yield finished calls before the next pair is read, because the source may be slow. Otherwise read on, so
+            # that no worker is idle.
             while pending and (len(pending) >= max_workers * READ_AHEAD or pending[0].is_finished):
                 yield take_first()
         while pending:
@@ -225,25 +258,31 @@ def run_in_order(calls: Iterator[Call], max_workers: int, connections: Connectio
 
 
 class TasksInOrder:
-    """Ranks many pairs in tasks, and returns their calls in order.
+    """Sends the batches of many calls in tasks, and returns each call when it is done, in order.
 
     A separate task reads the pairs, so that a slow async source does not hold back a finished call. This is a class,
-    because the client has an async generator already, and an event loop that ends closes all generators at once.
+    because asyncio closes all async generators at once when its loop ends, and the client's own generator must be able
+    to stop these tasks.
 
     Args:
         pairs: The caller's pairs.
-        rank: Sends the requests of a pair, and returns its call.
+        begin: Returns the call for a pair.
         max_workers: Maximum number of concurrent requests.
+        connections: The connections of the client.
+        pause: The pause after a 429.
     """
 
     def __init__(
         self,
         pairs: Iterable[Any] | AsyncIterable[Any],
-        rank: Callable[[Any], Awaitable[Call]],
+        begin: Callable[[Any], Call],
         max_workers: int,
+        connections: Connections,
+        pause: Pause,
     ) -> None:
-        self._rank = rank
-        self._tasks: asyncio.Queue[asyncio.Future[Call] | None] = asyncio.Queue()
+        self._begin = begin
+        self._start = partial(_start, connections=connections, pause=pause, slots=asyncio.Semaphore(max_workers))
+        self._pending: asyncio.Queue[tuple[Call, list[asyncio.Task[None]]] | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(max_workers * READ_AHEAD)
         self._reader = asyncio.create_task(self._read(pairs))
 
@@ -252,33 +291,36 @@ class TasksInOrder:
             await self._room.acquire()
             if isinstance(pairs, AsyncIterable):
                 async for pair in pairs:
-                    await self._start(pair)
+                    await self._submit(pair)
             else:
                 for pair in pairs:
-                    await self._start(pair)
+                    await self._submit(pair)
         finally:
-            self._tasks.put_nowait(None)
+            self._pending.put_nowait(None)
 
-    async def _start(self, pair: Any) -> None:
-        """Start to rank a pair, and wait until another one may be read."""
-        self._tasks.put_nowait(asyncio.ensure_future(self._rank(pair)))
+    async def _submit(self, pair: Any) -> None:
+        """Start to send the batches of a pair, and wait until another pair may be read."""
+        call = self._begin(pair)
+        self._pending.put_nowait((call, self._start(call)))
         await self._room.acquire()
 
     async def next(self) -> Call | None:
         """Return the next call when it is done; None after the last one. Raises an exception of the pairs."""
-        task = await self._tasks.get()
-        call = await (self._reader if task is None else task)
+        pending = await self._pending.get()
+        if pending is None:
+            await self._reader
+            return None
+        call, tasks = pending
+        await _finish(call, tasks)
         self._room.release()
         return call
 
     async def stop(self) -> None:
-        """Cancel all tasks, and wait until they have ended."""
-        await _cancel([self._reader])
-        tasks = (self._tasks.get_nowait() for _ in range(self._tasks.qsize()))
-        await _cancel([task for task in tasks if task is not None])
-
-
-async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel all tasks, wait until they have ended, and keep the scores that are there."""
+        pending = [self._pending.get_nowait() for _ in range(self._pending.qsize())]
+        calls = [each for each in pending if each is not None]
+        try:
+            await _cancel([self._reader, *(task for _, tasks in calls for task in tasks)])
+        finally:
+            for call, _ in calls:
+                call.keep_scores()

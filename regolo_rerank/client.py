@@ -45,20 +45,15 @@ class _Default(float):
     """
 
 
-class ScoreOptions(TypedDict, total=False):
-    """Options of one call."""
-
-    model: str | None
-    instruction: str | None
-    total_timeout: float | None
-    extra_body: dict[str, Any] | None
-
-
-class RankOptions(ScoreOptions, total=False):
-    """Options of one call that returns a ranking."""
+class RankOptions(TypedDict, total=False):
+    """Keyword arguments of `rerank`, `rerank_many` and LangChain's `rerank`."""
 
     top_n: int | None
+    model: str | None
+    instruction: str | None
     score_threshold: float | None
+    total_timeout: float | None
+    extra_body: dict[str, Any] | None
 
 
 class RegoloClient:
@@ -138,7 +133,7 @@ class RegoloClient:
         self._options = Options(**{k: value for k, value in arguments.items() if not isinstance(value, _Default)})
         self._connections = Connections()
         self._pauses: dict[tuple[str, SecretStr | None], Pause] = {}
-        self._cache_locks: dict[int, threading.Lock] = {}  # by process: a fork may copy a lock that is held
+        self._cache_locks: dict[int, threading.Lock] = {}  # one per process: a fork may copy a lock that is held
 
     @property
     def options(self) -> Options:
@@ -262,8 +257,7 @@ class RegoloClient:
             extra_body=extra_body,
         )
         call = self._begin(settings, query, documents, text)
-        slots = asyncio.Semaphore(settings.options.max_concurrency)
-        await _workers.run_async(call, self._connections, self._pause(settings), slots)
+        await _workers.run_async(call, self._connections, self._pause(settings))
         return call.response()
 
     def score(
@@ -272,7 +266,10 @@ class RegoloClient:
         documents: Iterable[Any],
         *,
         text: str | Callable[[Any], str] | None = None,
-        **options: Unpack[ScoreOptions],
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores of N documents in the caller's order, for example as a column of a DataFrame.
 
@@ -282,13 +279,24 @@ class RegoloClient:
             query: The query, not blank.
             documents: N documents, as in `rerank`.
             text: As in `rerank`.
-            **options: `model`, `instruction`, `total_timeout` and `extra_body`, as in `rerank`.
+            model: As in `rerank`, like the following arguments.
+            instruction: The task in one sentence.
+            total_timeout: Seconds for the whole call.
+            extra_body: Additional JSON fields of each request.
 
         Raises:
             RegoloError: As in `rerank`.
         """
         everything = self.with_options(top_n=None, score_threshold=None)
-        response = everything.rerank(query, documents, text=text, top_n=None, score_threshold=None, **options)
+        response = everything.rerank(
+            query,
+            documents,
+            text=text,
+            model=model,
+            instruction=instruction,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
         return _in_input_order(response)
 
     async def ascore(
@@ -297,11 +305,22 @@ class RegoloClient:
         documents: Iterable[Any],
         *,
         text: str | Callable[[Any], str] | None = None,
-        **options: Unpack[ScoreOptions],
+        model: str | None = None,
+        instruction: str | None = None,
+        total_timeout: float | None = None,
+        extra_body: dict[str, Any] | None = None,
     ) -> list[float]:
         """Return the scores as `score` does, without blocking the event loop."""
         everything = self.with_options(top_n=None, score_threshold=None)
-        response = await everything.arerank(query, documents, text=text, top_n=None, score_threshold=None, **options)
+        response = await everything.arerank(
+            query,
+            documents,
+            text=text,
+            model=model,
+            instruction=instruction,
+            total_timeout=total_timeout,
+            extra_body=extra_body,
+        )
         return _in_input_order(response)
 
     @overload
@@ -410,15 +429,13 @@ class RegoloClient:
         self, settings: Settings, pairs: Any, text: Any, *, return_exceptions: bool
     ) -> AsyncGenerator[RerankResponse[Any] | RegoloError]:
         _check_event_loop()
-        indices, pause = itertools.count(), self._pause(settings)
-        slots = asyncio.Semaphore(settings.options.max_concurrency)
+        indices = itertools.count()
 
-        async def rank(pair: object) -> Call:
-            call = self._begin_pair(settings, next(indices), pair, text)
-            await _workers.run_async(call, self._connections, pause, slots)
-            return call
+        def begin(pair: object) -> Call:
+            return self._begin_pair(settings, next(indices), pair, text)
 
-        calls = _workers.TasksInOrder(pairs, rank, settings.options.max_concurrency)
+        workers = settings.options.max_concurrency
+        calls = _workers.TasksInOrder(pairs, begin, workers, self._connections, self._pause(settings))
         try:
             while (call := await calls.next()) is not None:
                 yield _finish(call, return_exceptions=return_exceptions)
@@ -517,7 +534,6 @@ def _check_event_loop() -> None:
 def _finish(call: Call, *, return_exceptions: bool) -> RerankResponse[Any] | RegoloError:
     """Return the ranking of one of many pairs, or raise its error, or return the error if the caller wants that."""
     try:
-        call.keep_scores()
         return call.response()
     except RegoloError as error:
         if return_exceptions:

@@ -50,8 +50,8 @@ class RegoloError(Exception):
 
     Attributes:
         index (int | None): Position of the failed pair in `rerank_many`, from 0, or None in other calls.
-        retryable (bool): Whether the same request may succeed later. The client retries it as far as `max_retries` and
-            `total_timeout` allow.
+        retryable (bool): Whether the same request may succeed later. The client retries it within `max_retries` and
+            `total_timeout`.
     """
 
     index: int | None = None

@@ -128,7 +128,8 @@ def _check_cache(cache: Any) -> Any:
 
 def _check_http_client(client: Any, *, is_async: bool) -> Any:
     """Accept every object with the methods that we call: the client may be of another library than httpx."""
-    has_send = inspect.iscoroutinefunction(getattr(client, "send", None)) is is_async
+    send = getattr(client, "send", None)
+    has_send = callable(send) and inspect.iscoroutinefunction(send) is is_async
     if client is not None and not (has_send and hasattr(client, "build_request")):
         raise ValueError(f"must be an {'httpx.AsyncClient' if is_async else 'httpx.Client'}")
     return client
@@ -138,8 +139,10 @@ Count = Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=1)
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1_000_000)]
 Text = Annotated[str, Field(strict=True), AfterValidator(_check_text)]
 
-_HIDDEN: Final[Any] = Field(default=None, exclude=True, repr=False)
-"""An option that a repr and a dump leave out."""
+
+def _hidden() -> Any:
+    """Return the default of an option that is left out of reprs and dumps."""
+    return Field(default=None, exclude=True, repr=False)
 
 
 class Options(BaseModel):
@@ -188,12 +191,12 @@ class Options(BaseModel):
 
     timeout: Seconds = 60.0
     """Seconds per attempt, from connecting to the last byte of the reply. In sync calls it limits each network
-    operation: connecting to one address of the host takes at most 5 seconds, and a body that arrives in small pieces
-    may take up to twice as long."""
+    operation, so a reply that arrives in small pieces may take longer, and connecting takes at most 5 seconds per
+    address."""
 
     total_timeout: Seconds | None = 90.0
-    """Seconds for a whole call: all requests, retries and waits. None means no limit. In a sync call with a single
-    request it limits connecting, sending and each read, but not the lookup of the host name."""
+    """Seconds for a whole call: all requests, retries and waits. None means no limit. In a sync call that sends its
+    only request in the caller's thread, it limits each network operation, but not the lookup of the host name."""
 
     max_retries: Annotated[int, BeforeValidator(_check_integer), Field(strict=True, ge=0)] = 3
     """Further attempts per request, at least 0. Refusals because of too many parallel requests are not counted if
@@ -225,19 +228,19 @@ class Options(BaseModel):
     allow_http: bool = Field(default=False, strict=True)
     """Allow sending the key over plain http to another machine."""
 
-    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = _HIDDEN
+    cache: SkipJsonSchema[Annotated[MutableMapping[str, float] | None, PlainValidator(_check_cache)]] = _hidden()
     """Where scores are kept: the path of an SQLite file, or any mutable mapping from strings to floats. Only pairs
     without a cached score are sent."""
 
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True)
     """For `local://`: a function (query, documents) -> scores instead of the offline scorer."""
 
-    http_client: SkipJsonSchema[Annotated[Any, PlainValidator(partial(_check_http_client, is_async=False))]] = _HIDDEN
+    http_client: SkipJsonSchema[Annotated[Any, PlainValidator(partial(_check_http_client, is_async=False))]] = _hidden()
     """The caller's own `httpx.Client` for sync calls. Its proxies, certificates and pool apply. It is never closed. Its
     timeouts apply unless `timeout` is given."""
 
     async_http_client: SkipJsonSchema[Annotated[Any, PlainValidator(partial(_check_http_client, is_async=True))]] = (
-        _HIDDEN
+        _hidden()
     )
     """The caller's own `httpx.AsyncClient` for async calls."""
 
@@ -308,8 +311,8 @@ _HINTS: Final = {
 _MAY_HOLD_A_SECRET: Final = {"api_key", "regolo_api_key", "base_url", "default_headers", "extra_body"}
 
 
-def explained(cls: type[BaseModel], action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Call a function of pydantic, and raise its error as one of ours."""
+def explained(cls: type[BaseModel], action: Callable[..., None], /, *args: Any, **kwargs: Any) -> None:
+    """Call a function of pydantic. Its ValidationError becomes an InvalidInputError."""
     try:
         action(*args, **kwargs)
     except ValidationError as error:
@@ -327,7 +330,7 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> InvalidInputError:
         problem = line["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if line["type"] in {"extra_forbidden", "no_such_attribute"} and len(line["loc"]) == 1:
             problems.append(f"{name}: {_describe_unknown(cls, name)}")
-        elif name in _MAY_HOLD_A_SECRET:
+        elif name in _MAY_HOLD_A_SECRET or line["type"] == "missing":
             problems.append(f"{name}: {problem}")
         else:
             if name == "top_n" and line["type"] == "greater_than_equal":

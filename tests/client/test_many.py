@@ -381,3 +381,22 @@ def test_a_task_that_somebody_else_cancels_hangs_nobody(stub: Stub) -> None:
                 assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(cancel_each())
+
+
+def test_documents_are_read_with_their_pair(many: Many, client: RegoloClient) -> None:
+    """A source may use one iterator for all pairs, as `itertools.groupby` does."""
+    numbers = itertools.groupby(range(6), key=lambda number: number // 2)
+    source = ((f"q{key}", (f"document {number}" for number in group)) for key, group in numbers)
+    assert [{result.document for result in response} for response in many(client, source)] == [
+        {f"document {first}", f"document {first + 1}"} for first in (0, 2, 4)
+    ]
+
+
+def test_requests_are_sent_in_the_order_of_the_pairs(many: Many, stub: Stub) -> None:
+    """A pair with many requests does not wait for later pairs with one."""
+    stub.reply = slowly(0.02)
+    source = [("long", ["a", "b", "c", "d", "e"]), *smalls(6)]
+    with RegoloClient(KEY, base_url=stub.url, batch_size=1) as client:
+        many(client, source, max_concurrency=2)
+    # The fifth request and that of the next pair are in flight together, so they may arrive in any order.
+    assert all("long" in request.json["query"] for request in stub.received[:4])

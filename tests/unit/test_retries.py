@@ -314,3 +314,15 @@ def test_each_attempt_is_logged(clock: Clock, caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     Loop(clock, max_retries=0).fail(reply_of("", 400))
     assert [record.levelname for record in caplog.records] == ["DEBUG"]  # the last failure is raised instead
+
+
+def test_nothing_is_sent_when_a_pause_took_all_the_time(clock: Clock) -> None:
+    """A sleep may last longer than asked for."""
+    pause = Pause()
+    pause.extend(5, RateLimitError("slow down", status_code=429))
+    call = begin(["a"], total_timeout=10.0)
+    steps = attempts(call, call.batches[0], pause)
+    assert isinstance(next(steps), Sleep)
+    clock.now += 11
+    with pytest.raises(APITimeoutError, match="total_timeout=10"):
+        steps.send(None)
