@@ -33,7 +33,11 @@ READ_AHEAD: Final = 4
 
 
 def run(call: Call, connections: Connections, pause: Pause) -> None:
-    """Send the batches of one call, and wait until it is done."""
+    """Send the batches of one call, and wait until it is done.
+
+    Raises:
+        RegoloError: The only request failed. With several requests, `call.response()` raises.
+    """
     # A local scorer, and a caller's own HTTP client, may have no time limit. They run in a thread, which the caller can
     # stop waiting for.
     if len(call.batches) == 1 and call.settings.timeout is not None:
