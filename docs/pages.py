@@ -64,12 +64,13 @@ class OptionsAsUsed(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """List all options among the parameters of both adapters, in the words of the client."""
         client = pkg["client.RegoloClient"]
-        for function in (*client.functions.values(), pkg["evaluation.runs.evaluate"]):
+        compressor, evaluate = pkg["langchain.RegoloRerank"], pkg["evaluation.runs.evaluate"]
+        for function in (*client.functions.values(), *compressor.functions.values(), evaluate):
             for parameter in function.parameters:
                 parameter.default = _DEFAULTS.get(str(parameter.default), parameter.default)
                 parameter.annotation = _TYPES.get(str(parameter.annotation), parameter.annotation)
         options = {item.name: item for item in _parameters_of(client).value}
-        for adapter in (pkg["langchain.RegoloRerank"], pkg["llama_index.RegoloRerank"]):
+        for adapter in (compressor, pkg["llama_index.RegoloRerank"]):
             section = _parameters_of(adapter)
             named = {item.name: item for item in section.value if item.name != "**options"}
             for name, field in adapter.attributes.items():
