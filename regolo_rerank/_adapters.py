@@ -1,5 +1,6 @@
 """Common parts of both adapters: options, a client, and the fallback."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
@@ -77,23 +78,19 @@ class AdapterOptions(Options):
         """Return a client with the adapter's current options, on the connections of its client."""
         return self._client.with_options(self)
 
-    def _rerank(self, query: str, documents: list[Any]) -> Outcome:
+    def _rerank(self, query: str, documents: list[Any], text: Callable[[Any], str]) -> Outcome:
         try:
-            response = self._client_for_call().rerank(query, documents, text=self._text_of)
+            response = self._client_for_call().rerank(query, documents, text=text)
         except RegoloError as error:
             return self._fall_back(error, len(documents))
         return Outcome(response, _report_ranking(response))
 
-    async def _arerank(self, query: str, documents: list[Any]) -> Outcome:
+    async def _arerank(self, query: str, documents: list[Any], text: Callable[[Any], str]) -> Outcome:
         try:
-            response = await self._client_for_call().arerank(query, documents, text=self._text_of)
+            response = await self._client_for_call().arerank(query, documents, text=text)
         except RegoloError as error:
             return self._fall_back(error, len(documents))
         return Outcome(response, _report_ranking(response))
-
-    def _text_of(self, document: Any) -> str:
-        """Return the text that is scored."""
-        raise NotImplementedError
 
     def _metadata(self, earlier: dict[str, Any], result: RerankResult[Any] | None) -> dict[str, Any]:
         """Return metadata with the score and passage of a result, and without those of an earlier reranker."""

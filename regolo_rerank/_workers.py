@@ -62,16 +62,18 @@ async def run_async(call: Call, connections: Connections, pause: Pause) -> None:
         await _drive_async(call, call.batches[0], connections, pause)
         call.keep_scores()
         return
-    slots = asyncio.Semaphore(call.settings.options.max_concurrency)
-    await _finish(call, _start(call, connections, pause, slots))
+    semaphore = asyncio.Semaphore(call.settings.options.max_concurrency)
+    await _finish(call, _start(call, connections, pause, semaphore))
 
 
-def _start(call: Call, connections: Connections, pause: Pause, slots: asyncio.Semaphore) -> list[asyncio.Task[None]]:
-    """Start a task for each batch. It waits for a slot: first come, first served."""
+def _start(
+    call: Call, connections: Connections, pause: Pause, semaphore: asyncio.Semaphore
+) -> list[asyncio.Task[None]]:
+    """Start a task for each batch. The semaphore lets them send in the order in which they were started."""
 
     async def send(batch: Batch) -> None:
         try:
-            async with slots:
+            async with semaphore:
                 await _drive_async(call, batch, connections, pause)
         except BaseException as error:
             call.fail(error)
@@ -285,7 +287,8 @@ class TasksInOrder:
         pause: Pause,
     ) -> None:
         self._begin = begin
-        self._start = partial(_start, connections=connections, pause=pause, slots=asyncio.Semaphore(max_workers))
+        semaphore = asyncio.Semaphore(max_workers)
+        self._start = partial(_start, connections=connections, pause=pause, semaphore=semaphore)
         self._pending: asyncio.Queue[tuple[Call, list[asyncio.Task[None]]] | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(max_workers * READ_AHEAD)
         self._reader = asyncio.create_task(self._read(pairs))

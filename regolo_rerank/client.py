@@ -144,8 +144,8 @@ class RegoloClient:
         """Return a client with other options that shares connections, cache and the pause after a 429.
 
         Args:
-            options: An object with all options, which is used as it is if there are no changes. None starts from the
-                options of this client.
+            options: An object with all options, which is used as it is if nothing is changed. By default, the options
+                of this client.
             **changes: Options to change, by name, as in the constructor.
 
         Raises:

@@ -118,13 +118,13 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._attach_scores(documents, self._rerank(query, documents))
+            return self._attach_scores(documents, self._rerank(query, documents, self._text_of))
         inputs = self._trace_inputs(documents, query)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
         run = manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
         _openinference.show_inputs(run, **inputs)
         try:
-            outcome = self._rerank(query, documents)
+            outcome = self._rerank(query, documents, self._text_of)
             kept = self._attach_scores(documents, outcome)
         except BaseException as error:
             run.on_chain_error(error)
@@ -139,13 +139,13 @@ class RegoloRerank(AdapterOptions, BaseDocumentCompressor):
         documents, config = _require_documents(documents), _find_config(callbacks)
         manager = get_async_callback_manager_for_config(config)
         if not manager.handlers:
-            return self._attach_scores(documents, await self._arerank(query, documents))
+            return self._attach_scores(documents, await self._arerank(query, documents, self._text_of))
         inputs = self._trace_inputs(documents, query)
         manager.add_metadata({"ls_provider": "regolo", "ls_model_name": self.model}, inherit=False)
         run = await manager.on_chain_start(None, inputs, name=self._run_name(config), run_id=config.get("run_id"))
         _openinference.show_inputs(run, **inputs)
         try:
-            outcome = await self._arerank(query, documents)
+            outcome = await self._arerank(query, documents, self._text_of)
             kept = self._attach_scores(documents, outcome)
         except BaseException as error:
             await run.on_chain_error(error)

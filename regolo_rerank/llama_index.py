@@ -101,7 +101,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            run.outcome = self._rerank(run.query, run.nodes)
+            run.outcome = self._rerank(run.query, run.nodes, self._text_of)
             run.kept = self._attach_scores(run.nodes, run.outcome)
         return run.kept
 
@@ -110,7 +110,7 @@ class RegoloRerank(AdapterOptions, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._reported(nodes, query_bundle) as run:
-            run.outcome = await self._arerank(run.query, run.nodes)
+            run.outcome = await self._arerank(run.query, run.nodes, self._text_of)
             run.kept = self._attach_scores(run.nodes, run.outcome)
         return run.kept
 

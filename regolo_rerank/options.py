@@ -105,7 +105,7 @@ def _check_headers(headers: dict[str, str]) -> dict[str, str]:
 
 def _check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     if ours := fields.keys() & API_FIELDS:
-        raise ValueError(f"must not contain {', '.join(sorted(ours))}. Pass it as the argument with that name")
+        raise ValueError(f"must not contain {', '.join(sorted(ours))}. Pass it as an argument of the call")
     try:
         copied: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
         to_json(copied)

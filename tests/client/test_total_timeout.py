@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from regolo_rerank import APITimeoutError, RateLimitError, RegoloClient, RegoloError
@@ -195,3 +196,28 @@ def test_a_failed_pair_makes_room_for_the_others(call: Call) -> None:
     with FaultServer(usual=answer) as server, RegoloClient(KEY, base_url=server.url, **options) as client:
         outcomes = Many(call.mode)(client, pairs, max_concurrency=2, return_exceptions=True)
     assert [isinstance(outcome, RegoloError) for outcome in outcomes] == [True, False, False]
+
+
+@pytest.mark.anyio
+async def test_requests_that_time_out_together_are_closed() -> None:
+    """The first one ends the call, but does not interrupt the others while they close their connections."""
+    closed: list[str] = []
+
+    class Transport(httpx.AsyncBaseTransport):
+        """Never answers, and takes its time to close a connection."""
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            """Answer after a long time."""
+            (document,) = json.loads(request.content)["documents"]
+            try:
+                await asyncio.sleep(20)
+            finally:
+                await asyncio.sleep(float(document))
+                closed.append(document)
+            raise AssertionError
+
+    async with httpx.AsyncClient(transport=Transport()) as own:
+        client = RegoloClient(KEY, async_http_client=own, prompt_format="plain", batch_size=1, total_timeout=0.3)
+        with pytest.raises(APITimeoutError):
+            await client.arerank("q", ["0.01", "0.1", "0.2"])
+    assert closed == ["0.01", "0.1", "0.2"]

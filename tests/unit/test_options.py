@@ -88,7 +88,7 @@ WRONG: list[tuple[str, str, list[Any]]] = [
     ("default_headers", "must be a valid string$", [{"x": 1}]),
     (
         "extra_body",
-        "must not contain query, top_n. Pass it as the argument with that name$",
+        "must not contain query, top_n. Pass it as an argument of the call$",
         [{"query": KEY, "top_n": 1}],
     ),
     ("extra_body", "must be plain JSON", [{"x": float("inf")}, {"x": object()}]),
