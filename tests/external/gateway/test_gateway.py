@@ -260,7 +260,9 @@ def down_for(text: str) -> Callable[[Received], Reply]:
 
 def test_a_substitute_is_an_error(call: Call, gateway: Gateway, upstream: Stub) -> None:
     """A 200 of a substitute model is an error that names both models, for a whole ranking and for one batch of it."""
-    client = RegoloClient(OPEN, base_url=gateway.url, model="replaced", batch_size=1, max_retries=0)
+    # One request at a time: no other one may be in flight when the call ends, and be logged in the next test.
+    options: dict[str, Any] = {"batch_size": 1, "max_retries": 0, "max_concurrency": 1}
+    client = RegoloClient(OPEN, base_url=gateway.url, model="replaced", **options)
     message = "'replaced' was requested, and 'substitute' answered as its substitute"
     upstream.reply = down_for("document 0")
     with pytest.raises(APIResponseError, match=message) as caught:
